@@ -1,0 +1,28 @@
+"""ShadowSync for PyTorch: Horovod/MPI data parallelism whose synchronisation runs in the background."""
+
+from hvd_shadowsync.comm.tuning import tune_environment
+
+tune_environment()
+
+from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402
+from hvd_shadowsync.broadcast import broadcast_optimizer_state, broadcast_parameters  # noqa: E402
+from hvd_shadowsync.distributed import DistributedOptimizer  # noqa: E402
+from hvd_shadowsync.errors import CheckpointError, ReplicaMismatchError, ShadowSyncError, TransportError  # noqa: E402
+from hvd_shadowsync.metrics import JsonLinesWriter, TensorBoardWriter  # noqa: E402
+from hvd_shadowsync.optimizer import ShadowSync  # noqa: E402
+
+__all__ = [
+    "BMUF",
+    "CheckpointError",
+    "DistributedOptimizer",
+    "ElasticAveraging",
+    "JsonLinesWriter",
+    "ModelAveraging",
+    "ReplicaMismatchError",
+    "ShadowSync",
+    "ShadowSyncError",
+    "TensorBoardWriter",
+    "TransportError",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+]

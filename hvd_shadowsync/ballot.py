@@ -1,0 +1,77 @@
+"""What ranks tell each other before a round, and what follows from it: the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Intent(IntEnum):
+    """What a rank's training thread is about."""
+
+    TRAIN = 0
+    CONSOLIDATE = 1  # waits in synchronize()
+    LEAVE = 2  # waits in close(), or is gone
+
+
+class Verdict(Enum):
+    """What all ranks do next."""
+
+    ROUND = "a round of the algorithm"
+    CONSOLIDATE = "all replicas become their mean"
+    REGROUP = "the replicas have new parameters; lay the vectors out anew"
+    MISMATCH = "the replicas differ in their parameters for the moment; nothing is exchanged"
+    STOP = "all ranks leave"
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One rank's vote.
+
+    Attributes:
+        intent: what its training thread is about.
+        counts: whether its replica counts in the mean; False once a rank has nothing new to contribute.
+        layout: fingerprint of its replica's names, shapes and dtypes, non-negative.
+        steps: training steps it has made.
+    """
+
+    intent: Intent
+    counts: bool
+    layout: int
+    steps: int
+
+    def encode(self) -> Tensor:
+        """Return the ballot as a vector, int64."""
+        return torch.tensor([self.intent, self.counts, self.layout, self.steps], dtype=torch.int64)
+
+
+NUM_FIELDS = 4
+
+
+@dataclass(frozen=True)
+class Count:
+    """The ballots of all ranks, and what follows."""
+
+    verdict: Verdict
+    weights: tuple[float, ...]
+    steps: tuple[int, ...]
+
+
+def count(votes: Tensor, agreed_layout: int) -> Count:
+    """Return what follows from `votes`, int64 of shape (size, 4), where the last rounds had `agreed_layout`."""
+    intents, counts, layouts, steps = votes.T.tolist()
+    weights = tuple(map(float, counts)) if any(counts) else (1.0,) * len(counts)
+    return Count(_verdict(set(intents), set(layouts), agreed_layout), weights, tuple(steps))
+
+
+def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:
+    if intents == {Intent.LEAVE}:
+        return Verdict.STOP
+    if len(layouts) > 1:
+        return Verdict.MISMATCH
+    if layouts != {agreed_layout}:
+        return Verdict.REGROUP
+    return Verdict.ROUND if Intent.TRAIN in intents else Verdict.CONSOLIDATE

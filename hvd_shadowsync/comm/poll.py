@@ -1,0 +1,53 @@
+"""Waiting for requests by polling with adaptive back-off, instead of burning a core in MPI_Wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hvd_shadowsync.comm.base import Request
+
+LARGEST_EXPONENT = 64
+
+
+@dataclass(frozen=True)
+class Poller:
+    """Polls until requests are complete: eagerly at first, then with pauses that grow.
+
+    MPI makes progress only inside MPI calls, so somebody has to poll; a pause between polls gives the core to the
+    training thread. The pauses start anew whenever a request completes or `meanwhile` did something.
+
+    Attributes:
+        eager: polls without a pause (only the interpreter lock is let go) before the first pause.
+        shortest_s: first pause, seconds.
+        longest_s: longest pause, seconds.
+        growth: factor from one pause to the next.
+    """
+
+    eager: int = 4
+    shortest_s: float = 0.0001
+    longest_s: float = 0.001
+    growth: float = 1.3
+
+    def wait(self, requests: Iterable[Request], meanwhile: Callable[[], bool] | None = None) -> None:
+        """Return when all requests are complete; `meanwhile` runs between polls and returns whether it did work."""
+        pending = list(requests)
+        polls = 0
+        while pending := self._incomplete(pending):
+            worked = meanwhile() if meanwhile is not None else False
+            polls = 0 if worked else polls + 1
+            self.pause(polls)
+
+    def pause(self, polls: int) -> None:
+        """Sleep as long as is right after `polls` polls in a row that found nothing."""
+        time.sleep(self.pause_s(polls))
+
+    def pause_s(self, polls: int) -> float:
+        """Return how long to sleep after `polls` polls in a row that found nothing, seconds."""
+        exponent = min(polls - self.eager, LARGEST_EXPONENT)
+        return 0.0 if exponent < 0 else min(self.longest_s, self.shortest_s * self.growth**exponent)
+
+    @staticmethod
+    def _incomplete(requests: list[Request]) -> list[Request]:
+        return [request for request in requests if not request.test()]

@@ -1,0 +1,19 @@
+"""The exceptions of hvd_shadowsync that are not a plain ValueError or TypeError."""
+
+from __future__ import annotations
+
+
+class ShadowSyncError(RuntimeError):
+    """Background synchronisation failed; raised in the training thread, with the shadow thread's error as its cause."""
+
+
+class ReplicaMismatchError(ShadowSyncError, ValueError):
+    """The replicas of a job differ where they must agree; raised on every rank with the first difference named."""
+
+
+class TransportError(ShadowSyncError):
+    """MPI is missing, was started the wrong way, or lacks what the communicator thread needs."""
+
+
+class CheckpointError(ShadowSyncError, ValueError):
+    """A checkpoint cannot be read, or does not fit the model that it is loaded into."""

@@ -1,0 +1,144 @@
+"""Counters and timings of rounds as a plain dict, per rank and merged; JSON lines and TensorBoard scalars of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+MERGED_BY_SUM = ("bytes_sent",)
+MERGED_BY_MAX = ("rounds",)
+
+
+@dataclass
+class RoundMetrics:
+    """What is counted while rounds run; the shadow thread writes, any thread reads.
+
+    `snapshot()` gives:
+
+    | key | meaning |
+    |---|---|
+    | steps | training steps of this rank |
+    | rounds | rounds that reached this rank's weights |
+    | sync_gap_steps | training steps per round, on average (nan before the first round) |
+    | in_flight_ms | from snapshot to staged result, on average |
+    | merge_ms | the training thread's part of a round, on average |
+    | bytes_sent | bytes that this rank put on the wire for weights |
+    | cpu_share | CPU time of the communicator thread and of merges, per second of wall clock |
+    | distance | of the replica from what the last round reduced to, relative to that one's norm |
+    | surviving_progress | share of the last round's in-flight steps that the merge kept, on a sample of weights |
+    """
+
+    steps: int = 0
+    rounds: int = 0
+    steps_at_last_round: int = 0
+    in_flight_s: float = 0.0
+    merge_s: float = 0.0
+    bytes_sent: int = 0
+    cpu_s: float = 0.0
+    distance: float = math.nan
+    surviving_progress: float = math.nan
+    started: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def snapshot(self) -> dict[str, float]:
+        """Return the figures so far."""
+        with self.lock:
+            per_round = 1.0 / self.rounds if self.rounds else math.nan
+            return {
+                "steps": self.steps,
+                "rounds": self.rounds,
+                "sync_gap_steps": self.steps_at_last_round * per_round,
+                "in_flight_ms": 1000 * self.in_flight_s * per_round,
+                "merge_ms": 1000 * self.merge_s * per_round,
+                "bytes_sent": self.bytes_sent,
+                "cpu_share": (self.cpu_s + self.merge_s) / max(time.monotonic() - self.started, 1e-9),
+                "distance": self.distance,
+                "surviving_progress": self.surviving_progress,
+            }
+
+    def restore(self, counters: Mapping[str, int]) -> None:
+        """Go on counting from the counters of a checkpoint."""
+        with self.lock:
+            self.steps = int(counters["steps"])
+            self.rounds = int(counters["rounds"])
+            self.steps_at_last_round = int(counters["steps_at_last_round"])
+
+    def counters(self) -> dict[str, int]:
+        """Return the counters that a checkpoint keeps."""
+        with self.lock:
+            return {"steps": self.steps, "rounds": self.rounds, "steps_at_last_round": self.steps_at_last_round}
+
+
+def merge(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return one dict for all ranks: bytes summed, the most rounds, the rest averaged over ranks that have a value."""
+    return {key: _merge_one(key, [rank[key] for rank in ranks]) for key in ranks[0]}
+
+
+def _merge_one(key: str, values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    if key in MERGED_BY_SUM:
+        return sum(known)
+    if key in MERGED_BY_MAX:
+        return max(known)
+    return sum(known) / len(known) if known else math.nan
+
+
+class JsonLinesWriter:
+    """Appends metrics to a file, one JSON object a line; values that JSON does not have (nan, inf) become null."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append `metrics` with the key `step`."""
+        record = {"step": step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+
+    def __enter__(self) -> JsonLinesWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TensorBoardWriter:
+    """Writes metrics as TensorBoard scalars `shadowsync/<key>`; needs the package tensorboard."""
+
+    def __init__(self, log_dir: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"TensorBoardWriter needs tensorboard ({error}); pip install tensorboard") from error
+        self._writer: Any = SummaryWriter(str(log_dir))
+
+    def write(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write each finite value of `metrics` at `step`."""
+        for key, value in metrics.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(f"shadowsync/{key}", value, step)
+
+    def close(self) -> None:
+        """Flush and close; idempotent."""
+        self._writer.close()
+
+    def __enter__(self) -> TensorBoardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

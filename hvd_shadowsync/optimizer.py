@@ -1,0 +1,476 @@
+"""The handle: `ShadowSync` beside the user's own optimizer, attached to it by step hooks."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_shadowsync import agree
+from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
+from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
+from hvd_shadowsync.metrics import RoundMetrics, merge
+from hvd_shadowsync.names import checked_names, name_state, name_tensors
+from hvd_shadowsync.pacing import Pacing, check_count
+from hvd_shadowsync.reducers import OwnerMean
+from hvd_shadowsync.replica import MERGES, Merge, NamedTensor, Replica
+from hvd_shadowsync.rounds import RoundOptions, Rounds
+from hvd_shadowsync.shadow import Driver, Foreground, ShadowThread
+from hvd_shadowsync.warmup import Warmup
+
+logger = logging.getLogger(__name__)
+
+APPLIES = ("boundary", "hogwild")
+INITIALS = ("broadcast", "check")
+WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
+STATE_KEY = "shadow_sync"
+
+
+class ShadowSync:
+    """Keeps the replicas of a model together in the background while each rank trains its own.
+
+    The optimizer stays the user's own object: its step hooks trigger rounds and merge their results, nothing else of
+    it changes. All ranks construct their handles in the same order; at world size 1 there is no thread, no MPI
+    traffic, and training is bit-identical to training without a handle.
+
+    All methods are for the training thread. `synchronize`, `averaged_weights`, `state_dict`, `load_state_dict`,
+    `metrics(merged=True)` and `close` are collective: every rank has to call them, at its own time (ranks with less
+    data wait, and take part in rounds without counting).
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`, with the parameters it optimises.
+        algorithm: `ModelAveraging()` (default), `ElasticAveraging()` or `BMUF()`.
+        model: the module, for the parameters' names, its buffers and its frozen parameters; without it buffers are
+            not synchronised.
+        named_parameters: names instead of `model`, as `model.named_parameters()` gives them.
+        sync_every: a round every so many steps; None (default) leaves it to the others.
+        sync_interval_ms: a round every so many milliseconds; with `sync_every` both have to have passed.
+        cpu_budget: share of one core that synchronisation may take, in (0, 1]; rounds are as frequent as that allows.
+            Default 0.03 where neither of the two above is given.
+        warmup_steps: so many first steps average gradients in the training thread, as Horovod does; default 0.
+        merge: "delta" (default): the replica moves by alpha (anchor - snapshot) and keeps the steps that it made
+            meanwhile; "interpolate": the paper's w = (1-alpha) w + alpha anchor, which needs alpha < 1.
+        foreground: rounds in the training thread every `sync_every` steps (FR-MA, FR-EASGD-k, FR-BMUF-k):
+            deterministic; default False.
+        apply: "boundary" (default): the training thread merges at the end of a step; "hogwild": the shadow thread
+            merges at once, without locks, while gradients may be computed.
+        sync_buffers: average the model's floating-point buffers (batch-norm statistics) and take integer buffers from
+            rank 0; default True where `model` is given.
+        wire_dtype: torch.float16 or torch.bfloat16 for what travels, summed in float32; default None, no change.
+        sparse_as_dense: leave gradients dense that were sparse before the warm-up averaged them; default False.
+        initial_weights: "broadcast" (default) from rank 0, or "check" that they are equal.
+        communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
+        end_job_on_exception: whether an uncaught exception on this rank ends the whole job; default True.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be; names it and the remedy.
+        TransportError: no usable MPI.
+        ReplicaMismatchError: replicas, settings or initial weights differ; raised on every rank.
+
+    Source: Zheng et al. 2020, "ShadowSync", arXiv 2003.03477.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        algorithm: Algorithm | None = None,
+        model: torch.nn.Module | None = None,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        sync_every: int | None = None,
+        sync_interval_ms: float | None = None,
+        cpu_budget: float | None = None,
+        warmup_steps: int = 0,
+        merge: str = "delta",
+        foreground: bool = False,
+        apply: str = "boundary",
+        sync_buffers: bool | None = None,
+        wire_dtype: torch.dtype | None = None,
+        sparse_as_dense: bool = False,
+        initial_weights: str = "broadcast",
+        communicator: Communicator | None = None,
+        end_job_on_exception: bool = True,
+    ) -> None:
+        if end_job_on_exception and communicator is None:
+            mpi.end_job_on_exception()
+        _check_optimizer(optimizer)
+        self._options = _options(algorithm, merge, wire_dtype, foreground)
+        self._pacing = Pacing(sync_every, sync_interval_ms, cpu_budget)
+        self._apply = _choice("apply", apply, APPLIES)
+        self._initial = _choice("initial_weights", initial_weights, INITIALS)
+        check_count("warmup_steps", warmup_steps, least=0)
+        self._check_combinations(sync_every, sync_buffers, model)
+        self.optimizer = optimizer
+        self._model = model
+        self._sync_buffers = model is not None if sync_buffers is None else sync_buffers
+        self._names = checked_names(named_parameters, optimizer) if named_parameters is not None else None
+        self._metrics = RoundMetrics()
+        self._poller = Poller()
+        self._driver: Driver | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._averaged = self._skip_average = False
+        self._closed = False
+        self._comm = mpi.world() if communicator is None else communicator.dup()
+        self._warmup = Warmup(self._comm, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
+        self._groups = _group_sizes(optimizer)
+        self._replica = self._make_replica()
+        if self.size > 1:
+            self._require_same(warmup_steps)
+            self._start_alike()
+        self._attach()
+
+    # --- what a user asks for -----------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This rank, among those that synchronise."""
+        return self._comm.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks that synchronise."""
+        return self._comm.size
+
+    def pause(self) -> None:
+        """Begin no more rounds on this rank; the others train on, and their next round waits for `resume`."""
+        if driver := self._begun():
+            driver.pause()
+
+    def resume(self) -> None:
+        """Begin rounds again after `pause`."""
+        if driver := self._begun():
+            driver.resume()
+
+    def synchronize(self) -> None:
+        """Make all replicas bit-identical: their mean, which becomes the anchor as well (collective).
+
+        Call it before evaluation and before saving. Raises `ShadowSyncError` if the shadow thread failed.
+        """
+        if driver := self._begun():
+            self._warmup.finish(self._replica.params)
+            driver.synchronize()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Evaluate on the mean of the replicas: `with sync.averaged_weights(): ...` (collective).
+
+        Inside, the live weights and buffers are the mean; afterwards each rank has its own back. Needs one more copy
+        of the weights meanwhile.
+        """
+        if self._begun() is None:
+            yield
+            return
+        own, integers = self._replica.empty(), self._replica.empty_integers()
+        self._replica.snapshot(own)
+        self._replica.snapshot_integers(integers)
+        self.synchronize()
+        try:
+            yield
+        finally:
+            self._replica.merge(own, Merge.ASSIGN)
+            self._replica.assign_integers(integers)
+
+    def metrics(self, *, merged: bool = False) -> dict[str, float]:
+        """Return what `metrics.RoundMetrics` documents, of this rank or, collectively, of all (`merged=True`)."""
+        own = self._metrics.snapshot()
+        if merged and self.size > 1:
+            self._require_open("metrics(merged=True)")
+            return merge(self._comm.allgather_object(own))
+        return own
+
+    def average_optimizer_state(self) -> None:
+        """Replace floating-point optimizer state (momenta, sums of squares) by its mean over the ranks (collective).
+
+        Only what all ranks have by the same name and shape; a rank that has not stepped yet has none.
+        """
+        if self._begun() is None:
+            return
+        found = Replica(name_state(self.optimizer, self._replica.params))
+        everywhere = set.intersection(*map(set, self._comm.allgather_object([e.describe() for e in found.tensors])))
+        state = Replica([each for each in found.tensors if each.describe() in everywhere])
+        flat = state.empty()
+        state.snapshot(flat)
+        for part, mean in OwnerMean(self._comm, self._poller).reduce(flat, (1.0,) * self.size):
+            flat[part].copy_(mean)
+        state.merge(flat, Merge.ASSIGN)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's `value`, by rank (collective; pickles)."""
+        self._require_open("gather")
+        return list(self._comm.allgather_object(value)) if self.size > 1 else [value]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Consolidate, then return everything that rounds remember, by parameter name (collective).
+
+        It holds for any world size. `optimizer.state_dict()` contains the same under "shadow_sync", without
+        consolidating: call `synchronize()` before.
+        """
+        self.synchronize()
+        return self._state()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from the live weights, which were loaded, and `state`, or none, on every rank (collective).
+
+        Raises:
+            CheckpointError: `state` is not of this algorithm.
+        """
+        if driver := self._begun():
+            loaded = self._replica.empty()
+            self._replica.snapshot(loaded)
+            driver.synchronize()
+            self._replica.merge(loaded, Merge.ASSIGN)
+            self._loaded = state or None
+            self._start_alike()
+            self._recall(driver.rounds)
+
+    def close(self) -> None:
+        """Take part until all ranks are here, merge the last result, detach (collective; idempotent).
+
+        The replicas are as their last rounds left them: call `synchronize()` before, for identical ones.
+        """
+        if self._closed:
+            return
+        driver = self._begun()
+        if driver is not None:
+            self._warmup.finish(self._replica.params)
+            driver.leave()
+            driver.rounds.free()
+        self._comm.free()
+        self._detach()
+
+    def __enter__(self) -> ShadowSync:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; after an exception let the others train on and do not wait for them here."""
+        if error is None:
+            self.close()
+        elif self._driver is not None:
+            self._driver.leave(wait=False)
+
+    # --- Horovod's gradient calls, for clipping recipes --------------------------------------------------------------
+
+    def average_gradients(self) -> None:
+        """Average gradients now if the next step is one of the warm-up; nothing otherwise."""
+        if self._warming_up():
+            self._warmup.average(self._replica.params)
+            self._averaged = True
+
+    @contextmanager
+    def skip_average(self) -> Iterator[None]:
+        """Inside, `optimizer.step()` takes the gradients as they are: they were averaged by hand."""
+        self._skip_average = True
+        try:
+            yield
+        finally:
+            self._skip_average = False
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        optimizer = self.optimizer
+        optimizer.shadow = self  # type: ignore[attr-defined]
+        optimizer.synchronize = self.average_gradients  # type: ignore[attr-defined]
+        optimizer.skip_synchronize = self.skip_average  # type: ignore[attr-defined]
+        self._hooks = []
+        if self.size > 1:
+            self._hooks = [
+                optimizer.register_step_pre_hook(_undisturbed(self._before_step)),
+                optimizer.register_step_post_hook(_undisturbed(self._after_step)),
+                optimizer.register_state_dict_post_hook(self._add_state),
+                optimizer.register_load_state_dict_pre_hook(self._take_state),
+            ]
+            if self._comm.spans_processes:
+                atexit.register(self._close_at_exit)
+
+    def _detach(self) -> None:
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
+        for name in ("shadow", "synchronize", "skip_synchronize"):
+            if name in vars(self.optimizer):
+                delattr(self.optimizer, name)
+        atexit.unregister(self._close_at_exit)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._driver is None:
+            self._begun()
+        if self._warmup.left and not self._skip_average:
+            if len(args) > 1 or kwargs.get("closure") is not None:
+                raise ValueError(
+                    f"warmup_steps={self._warmup.left} are left, but step() got a closure, whose gradients cannot be "
+                    "averaged in time; use warmup_steps=0 with such optimizers"
+                )
+            if not self._averaged:
+                self._warmup.average(self._replica.params)
+        self._averaged = False
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        driver = self._driver
+        assert driver is not None
+        if self._groups != _group_sizes(optimizer):
+            self._groups = _group_sizes(optimizer)
+            self._replica = driver.rounds.wanted_replica = self._make_replica()
+        if self._warmup.left:
+            self._metrics.steps += 1
+        else:
+            driver.step_taken()
+
+    def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        state[STATE_KEY] = self._state()
+
+    def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        self._loaded = state.pop(STATE_KEY, None) or None
+        if self._driver is not None and self._loaded is not None:
+            logger.info("optimizer state loaded after the first step: call load_state_dict of the handle as well")
+
+    # --- beginnings ---------------------------------------------------------------------------------------------------
+
+    def _make_replica(self) -> Replica:
+        params, buffers = name_tensors(self.optimizer, self._model, self._names)
+        return Replica(params, buffers if self._sync_buffers else [])
+
+    def _require_same(self, warmup_steps: int) -> None:
+        settings = {"pacing": self._pacing, "options": self._options, "warmup_steps": warmup_steps}
+        settings |= {"apply": self._apply, "initial_weights": self._initial, "sync_buffers": self._sync_buffers}
+        tensors = self._replica.tensors + self._replica.integers
+        lines = agree.describe_settings(settings) + agree.describe_tensors(tensors)
+        agree.require_same(self._comm, lines + agree.describe_optimizer(self.optimizer))
+
+    def _start_alike(self) -> None:
+        """Give every rank the weights of rank 0, or check that they are the same (collective)."""
+        for replica in [self._replica, self._frozen()]:
+            if self._initial == "check":
+                agree.require_same_values(self._comm, replica.tensors)
+                continue
+            flat, integers = replica.empty(), replica.empty_integers()
+            replica.snapshot(flat)
+            replica.snapshot_integers(integers)
+            self._poller.wait([self._comm.ibcast(flat), self._comm.ibcast(integers)])
+            replica.merge(flat, Merge.ASSIGN)
+            replica.assign_integers(integers)
+
+    def _frozen(self) -> Replica:
+        """The model's tensors that are not synchronised, but have to start alike."""
+        known = {id(each.tensor) for each in self._replica.tensors + self._replica.integers}
+        rest = {} if self._model is None else self._model.state_dict(keep_vars=True)
+        return Replica([], [NamedTensor(n, t) for n, t in rest.items() if isinstance(t, Tensor) and id(t) not in known])
+
+    def _begun(self) -> Driver | None:
+        """Return the driver, made at the first call: weights may be loaded until then. None at world size 1."""
+        self._require_open("this call")
+        if self._driver is None and self.size > 1:
+            self._start_alike()
+            rounds = Rounds(self._comm.dup(), self._replica, self._options, self._metrics, self._poller)
+            self._recall(rounds)
+            if self._options.foreground:
+                self._driver = Foreground(rounds, self._pacing, self._metrics)
+            else:
+                hogwild = self._apply == "hogwild"
+                self._driver = ShadowThread(rounds, self._pacing, self._metrics, hogwild=hogwild)
+        return self._driver
+
+    def _recall(self, rounds: Rounds) -> None:
+        """Begin from the live weights and what was loaded (collective)."""
+        loaded = self._comm.allgather_object(self._loaded is not None)
+        if len(set(loaded)) > 1:
+            raise ReplicaMismatchError(
+                f"optimizer state with rounds in it was loaded on ranks {[r for r, has in enumerate(loaded) if has]} "
+                "only; load it on every rank, or call broadcast_optimizer_state"
+            )
+        rounds.begin(self._replica)
+        if self._loaded is not None:
+            rounds.load_state(self._loaded)
+            self._loaded = None
+        self._comm.allgather_object(None)
+
+    def _state(self) -> dict[str, Any]:
+        if self._driver is None:
+            return self._loaded if self._loaded is not None else {}
+        return self._driver.rounds.state_dict()
+
+    # --- odds and ends ------------------------------------------------------------------------------------------------
+
+    def _warming_up(self) -> bool:
+        return self.size > 1 and self._warmup.left > 0
+
+    def _require_open(self, call: str) -> None:
+        if self._closed:
+            raise ShadowSyncError(f"{call} came after close(); make a new ShadowSync to go on")
+
+    def _close_at_exit(self) -> None:
+        logger.info("close() was not called; taking part until all ranks are done")
+        try:
+            self.close()
+        except ShadowSyncError:
+            logger.exception("synchronisation ended with an error")
+
+    def _check_combinations(
+        self, sync_every: int | None, sync_buffers: bool | None, model: torch.nn.Module | None
+    ) -> None:
+        options = self._options
+        if options.foreground and sync_every is None:
+            raise ValueError("foreground=True needs sync_every=k, the steps from round to round; give it")
+        if options.foreground and self._apply == "hogwild":
+            raise ValueError("apply='hogwild' is for background rounds; leave out foreground=True or apply")
+        if options.algorithm.asynchronous and options.wire_dtype is not None:
+            raise ValueError(
+                f"wire_dtype={options.wire_dtype} is not available with {type(options.algorithm).__name__}; "
+                "leave it out, or use ModelAveraging or BMUF"
+            )
+        if sync_buffers and model is None:
+            raise ValueError("sync_buffers=True needs model=..., whose buffers they are; give it")
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass the torch.optim.Optimizer itself")
+    if isinstance(getattr(optimizer, "shadow", None), ShadowSync):
+        raise ValueError("optimizer is synchronised already; close() its handle (optimizer.shadow) first")
+    if type(optimizer).__module__.startswith("horovod.") or hasattr(optimizer, "_allreduce_delay"):
+        raise TypeError("optimizer is wrapped by Horovod already; pass the plain optimizer instead")
+
+
+def _options(algorithm: Algorithm | None, merge: str, wire_dtype: torch.dtype | None, foreground: bool) -> RoundOptions:
+    algorithm = ModelAveraging() if algorithm is None else algorithm
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(
+            f"algorithm={algorithm!r} is not an algorithm; pass an instance such as ModelAveraging(), "
+            "ElasticAveraging() or BMUF()"
+        )
+    _choice("merge", merge, MERGES)
+    if merge == "interpolate" and algorithm.alpha == 1:
+        raise ValueError(
+            f"merge='interpolate' with alpha={algorithm.alpha} overwrites all steps made while a round is in flight; "
+            "give alpha < 1 (0.5, say), or merge='delta'"
+        )
+    if wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"wire_dtype={wire_dtype!r} is not supported; give torch.float16, torch.bfloat16 or None")
+    return RoundOptions(algorithm, merge, wire_dtype, bool(foreground))
+
+
+def _choice(name: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; give one of {', '.join(map(repr, known))}")
+    return value
+
+
+def _undisturbed(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return `hook` as a function that torch.compile calls and does not look into."""
+    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]

@@ -1,0 +1,7 @@
+"""Reducers: one vector out of the snapshots of all ranks, slice by slice, over a communicator."""
+
+from hvd_shadowsync.reducers.base import Reducer
+from hvd_shadowsync.reducers.elastic import ElasticCenter, ElasticInTurn
+from hvd_shadowsync.reducers.mean import AllReduceMean, OwnerMean
+
+__all__ = ["AllReduceMean", "ElasticCenter", "ElasticInTurn", "OwnerMean", "Reducer"]

@@ -1,0 +1,323 @@
+"""The synchronisation round: vote, then snapshot, reduce, update, merge."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_shadowsync import ballot
+from hvd_shadowsync.algorithms import Algorithm, ElasticAveraging
+from hvd_shadowsync.algorithms.base import named, slices
+from hvd_shadowsync.ballot import Ballot, Intent, Verdict
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.errors import ReplicaMismatchError
+from hvd_shadowsync.metrics import RoundMetrics
+from hvd_shadowsync.reducers import AllReduceMean, ElasticCenter, ElasticInTurn, OwnerMean, Reducer
+from hvd_shadowsync.replica import Merge, Replica
+
+SETTLED = 0.01
+MISMATCH_TIMEOUT_S = 30.0
+SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """How rounds are made; the same on every rank.
+
+    Attributes:
+        algorithm: the update rule.
+        merge: "delta" or "interpolate".
+        wire_dtype: torch.float16 or torch.bfloat16 to halve what travels; None for the replica's own precision.
+        foreground: whether the training thread runs the rounds (deterministic twins).
+    """
+
+    algorithm: Algorithm
+    merge: str = "delta"
+    wire_dtype: torch.dtype | None = None
+    foreground: bool = False
+
+
+@dataclass
+class Staged:
+    """The result of a round, ready for the live tensors of `replica`."""
+
+    replica: Replica
+    vector: Tensor
+    integers: Tensor
+    how: Merge
+    alpha: float
+    verdict: Verdict
+    steps: int
+    sample: Tensor | None = None
+
+    def merge(self, *, hogwild: bool = False) -> float:
+        """Bring the result into the live tensors; return the share of in-flight progress that is left (nan if none)."""
+        before = _sample(self.replica) if self.sample is not None else None
+        self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild)
+        self.replica.assign_integers(self.integers)
+        if self.sample is None or before is None:
+            return math.nan
+        staged = self.vector[: self.sample.numel()]
+        undisturbed = self.sample + (staged if self.how is Merge.ADD else self.alpha * (staged - self.sample))
+        progress = (before - self.sample).double()
+        kept = (_sample(self.replica) - undisturbed).double()
+        norm = float(progress @ progress)
+        return float(kept @ progress) / norm if norm > 0 else math.nan
+
+
+class Rounds:
+    """Makes rounds for one replica, on whichever thread calls `run`; one thread at a time.
+
+    Owns the snapshot buffer, the algorithm's state and the reducers; `lock` is held while they change.
+    """
+
+    def __init__(
+        self, comm: Communicator, replica: Replica, options: RoundOptions, metrics: RoundMetrics, poller: Poller
+    ) -> None:
+        self._comm, self._poller, self._options, self._metrics = comm, poller, options, metrics
+        background_center = options.algorithm.asynchronous and not options.foreground
+        self._center_comms = (comm.dup(), comm.dup()) if background_center else None
+        self._mean = OwnerMean(comm, poller)
+        self._idle_rounds = 0
+        self._steps = 0
+        self._consolidated_at = -1
+        self._mismatch_since: float | None = None
+        self.lock = threading.Lock()
+        self.replica = self.wanted_replica = replica
+        self.begin(replica)
+
+    # --- what the rounds start from ---------------------------------------------------------------------------------
+
+    def begin(self, replica: Replica) -> None:
+        """Start anew from the live values of `replica`, which are the same on every rank."""
+        with self.lock:
+            self.replica = self.wanted_replica = replica
+            self._snapshot, self._integers = replica.empty(), replica.empty_integers()
+            replica.snapshot(self._snapshot)
+            self._set_anchor(self._snapshot)
+
+    def _set_anchor(self, anchor: Tensor) -> None:
+        self._state = self._options.algorithm.init(anchor[: self.replica.num_weights])
+        self._reducer = self._make_reducer(anchor)
+        self._reducer.rebase(anchor)
+
+    def _make_reducer(self, anchor: Tensor) -> Reducer:
+        algorithm, comm, poller = self._options.algorithm, self._comm, self._poller
+        if isinstance(algorithm, ElasticAveraging):
+            if self._center_comms is None:
+                return ElasticInTurn(comm, poller, algorithm.elastic, anchor)
+            return ElasticCenter(*self._center_comms, poller, algorithm.elastic, anchor)
+        if self._options.wire_dtype is not None or self._options.foreground:
+            return OwnerMean(comm, poller, wire_dtype=self._options.wire_dtype)
+        return AllReduceMean(comm, poller)
+
+    def free(self) -> None:
+        """Give the communicators back (collective)."""
+        for comm in [*(self._center_comms or ()), self._comm]:
+            comm.free()
+
+    # --- a round ----------------------------------------------------------------------------------------------------
+
+    def run(self, intent: Intent, new_steps: int) -> Staged | Verdict:
+        """Take part in the next round; return its result, or the verdict if there is nothing to merge.
+
+        Args:
+            intent: what the training thread is about.
+            new_steps: training steps since the last round's snapshot.
+        """
+        self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
+        if self._meets(intent):
+            count = self._vote(Ballot(intent, self._counts(), self.wanted_replica.fingerprint, self._metrics.steps))
+            verdict, weights = count.verdict, count.weights
+        else:
+            verdict, weights = Verdict.ROUND, (1.0,) * self._comm.size
+        self._watch_mismatch(verdict)
+        with self.lock:
+            if verdict is Verdict.ROUND:
+                return self._round(weights)
+            if verdict is Verdict.CONSOLIDATE:
+                return self._consolidate(weights)
+            return self._regroup() if verdict is Verdict.REGROUP else verdict
+
+    def serve(self) -> bool:
+        """Answer other ranks' requests; tell whether there were any. To be called all the time if `serves`."""
+        return self._reducer.serve() if isinstance(self._reducer, ElasticCenter) else False
+
+    @property
+    def serves(self) -> bool:
+        """Whether other ranks' requests have to be answered between rounds."""
+        return isinstance(self._reducer, ElasticCenter)
+
+    def _meets(self, intent: Intent) -> bool:
+        return not self.serves or intent is not Intent.TRAIN or self.wanted_replica is not self.replica
+
+    def _counts(self) -> bool:
+        """A waiting rank counts until what it contributed has settled in the others' weights."""
+        alpha = self._options.algorithm.alpha
+        rounds = 1 if alpha == 1 else math.ceil(math.log(SETTLED) / math.log(1 - alpha))
+        return self._idle_rounds < rounds
+
+    def _vote(self, own: Ballot) -> ballot.Count:
+        votes = torch.empty(self._comm.size, ballot.NUM_FIELDS, dtype=torch.int64)
+        self._poller.wait([self._comm.iallgather(own.encode(), votes)], meanwhile=self.serve if self.serves else None)
+        return ballot.count(votes, self.replica.fingerprint)
+
+    def _round(self, weights: tuple[float, ...]) -> Staged:
+        begun, sent = time.monotonic(), self._reducer.bytes_sent
+        self._take_snapshot()
+        sample = self._snapshot[:SAMPLE].clone()
+        squared = [0.0, 0.0]
+        for part, reduced in self._reducer.reduce(self._snapshot, weights):
+            for piece, values in self._weights_and_buffers(part, reduced):
+                anchor = self._update(piece, values)
+                self._stage(piece, anchor, squared)
+        with self._metrics.lock:
+            self._metrics.in_flight_s += time.monotonic() - begun
+            self._metrics.bytes_sent += self._reducer.bytes_sent - sent
+            self._metrics.distance = math.sqrt(squared[0] / squared[1]) if squared[1] > 0 else math.nan
+        how = Merge.ADD if self._options.merge == "delta" else Merge.PULL
+        return self._staged(how, Verdict.ROUND, sample if sample.numel() else None)
+
+    def _take_snapshot(self) -> None:
+        self._steps = self._metrics.steps
+        self.replica.snapshot(self._snapshot)
+        self.replica.snapshot_integers(self._integers)
+        if self._integers.numel() and not self.serves:
+            self._poller.wait([self._comm.ibcast(self._integers)])
+
+    def _weights_and_buffers(self, part: slice, values: Tensor) -> list[tuple[slice, Tensor]]:
+        border = min(max(self.replica.num_weights, part.start), part.stop)
+        pieces = [slice(part.start, border), slice(border, part.stop)]
+        return [(p, values[p.start - part.start : p.stop - part.start]) for p in pieces if p.stop > p.start]
+
+    def _update(self, piece: slice, reduced: Tensor) -> Tensor:
+        if piece.start >= self.replica.num_weights:
+            return reduced
+        held = slices(self._state, piece)
+        anchor, state = self._options.algorithm.update(reduced, held)
+        for target, value in zip(held, state, strict=True):
+            target.copy_(value)
+        return anchor
+
+    def _stage(self, piece: slice, anchor: Tensor, squared: list[float]) -> None:
+        staged = self._snapshot[piece]
+        squared[1] += float(torch.dot(anchor, anchor))
+        if self._options.merge == "interpolate":
+            away = staged.sub_(anchor)
+            squared[0] += float(torch.dot(away, away))
+            staged.copy_(anchor)
+            return
+        torch.sub(anchor, staged, out=staged)
+        squared[0] += float(torch.dot(staged, staged))
+        if self._options.algorithm.alpha != 1:
+            staged.mul_(self._options.algorithm.alpha)
+
+    def _consolidate(self, weights: tuple[float, ...]) -> Staged:
+        self._take_snapshot()
+        self._average(weights)
+        weights_part = self._snapshot[: self.replica.num_weights]
+        self._state = type(self._state)(*(t.clone() for t in self._options.algorithm.rebase(weights_part, self._state)))
+        self._reducer.rebase(self._snapshot)
+        self._consolidated_at = self._steps
+        return self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
+
+    def _average(self, weights: tuple[float, ...]) -> None:
+        sent = self._mean.bytes_sent
+        for part, mean in self._mean.reduce(self._snapshot, weights):
+            self._snapshot[part].copy_(mean)
+        if self._integers.numel():
+            self._poller.wait([self._comm.ibcast(self._integers)])
+        with self._metrics.lock:
+            self._metrics.bytes_sent += self._mean.bytes_sent - sent
+
+    def _staged(self, how: Merge, verdict: Verdict, sample: Tensor | None) -> Staged:
+        alpha = self._options.algorithm.alpha
+        return Staged(self.replica, self._snapshot, self._integers, how, alpha, verdict, self._steps, sample)
+
+    # --- parameters that were added later ---------------------------------------------------------------------------
+
+    def _regroup(self) -> Staged:
+        """Lay out the vectors for `wanted_replica`: known weights keep their state, new ones start from rank 0's."""
+        known = {each.name for each in self.replica.tensors}
+        memory = {name: self.replica.by_name(tensor) for name, tensor in named(self._state)}
+        self.replica = self.wanted_replica
+        self._snapshot, self._integers = self.replica.empty(), self.replica.empty_integers()
+        self._take_snapshot()
+        start = self._snapshot.clone()
+        self._poller.wait([self._comm.ibcast(start)])
+        for segment in self.replica.segments:
+            part = slice(segment.start, segment.stop)
+            if segment.name in known:
+                start[part] = self._snapshot[part]
+        moves = start - self._snapshot
+        self._snapshot.copy_(start)
+        self._average((1.0,) * self._comm.size)
+        self._set_anchor(self._snapshot)
+        self._state = self._recalled(memory)
+        self._snapshot.copy_(moves)
+        return self._staged(Merge.ADD, Verdict.REGROUP, None)
+
+    def _recalled(self, memory: Mapping[str, dict[str, Tensor]]) -> Any:
+        recalled = (self.replica.from_names(memory.get(name, {}), tensor) for name, tensor in named(self._state))
+        return type(self._state)(*recalled)
+
+    def _watch_mismatch(self, verdict: Verdict) -> None:
+        if verdict is not Verdict.MISMATCH:
+            self._mismatch_since = None
+            return
+        self._mismatch_since = self._mismatch_since or time.monotonic()
+        if time.monotonic() - self._mismatch_since > MISMATCH_TIMEOUT_S:
+            raise ReplicaMismatchError(
+                f"for {MISMATCH_TIMEOUT_S:.0f} s the ranks have optimised different parameters (here: "
+                f"{len(self.wanted_replica.params)}); call add_param_group with the same parameters on every rank"
+            )
+        time.sleep(0.01)
+
+    # --- checkpoint -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return algorithm, state by parameter name and counters; local, consistent between rounds.
+
+        The elastic center, which no rank has as a whole, is in it after a consolidation, when it is the weights.
+        """
+        algorithm = self._options.algorithm
+        with self.lock:
+            state = {name: self.replica.by_name(tensor) for name, tensor in named(self._state)}
+            if isinstance(algorithm, ElasticAveraging) and self._consolidated_at == self._metrics.steps:
+                state["center"] = self.replica.by_name(self._snapshot[: self.replica.num_weights])
+            return {
+                "algorithm": {"name": type(algorithm).__name__, **asdict(algorithm)},
+                "state": state,
+                "counters": self._metrics.counters(),
+            }
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """Take over state and counters of `saved`; what the algorithm does not know, or lacks, stays as it is."""
+        with self.lock:
+            memory = saved["state"]
+            if "center" in memory:
+                anchor = self._snapshot.clone()
+                anchor[: self.replica.num_weights] = self.replica.from_names(memory["center"], anchor)
+                self._reducer.rebase(anchor)
+            self._state = self._recalled(memory)
+            self._metrics.restore(saved["counters"])
+
+
+def _sample(replica: Replica) -> Tensor:
+    """Return the first weights as they are now."""
+    count = min(SAMPLE, replica.numel)
+    heads, have = [], 0
+    for each in replica.tensors:
+        if have >= count:
+            break
+        heads.append(each.live().reshape(-1)[: count - have].to("cpu", replica.dtype))
+        have += heads[-1].numel()
+    return torch.cat(heads)

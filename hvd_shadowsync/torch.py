@@ -1,0 +1,47 @@
+"""Drop-in for `import horovod.torch as hvd`: all of it, with the background optimizer and safe broadcasts in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    import horovod.torch as _horovod
+    from horovod.torch import *  # noqa: F403
+except ImportError as error:
+    raise ImportError(
+        f"hvd_shadowsync.torch needs Horovod ({error}); install it (pip install 'hvd_shadowsync[horovod]'), or use "
+        "hvd_shadowsync.ShadowSync, which needs mpi4py alone"
+    ) from error
+
+from hvd_shadowsync import broadcast
+from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm.tuning import tune_environment
+from hvd_shadowsync.distributed import communicator_of
+
+__all__ = sorted({name for name in dir(_horovod) if not name.startswith("_")} | {"DistributedOptimizer"})
+
+
+def init(*args: Any, **kwargs: Any) -> Any:
+    """Initialise Horovod, after tuning MPI (what the user has set stays); uncaught exceptions will end the job.
+
+    Arguments and result are those of `horovod.torch.init`.
+    """
+    tune_environment()
+    mpi.end_job_on_exception()
+    return _horovod.init(*args, **kwargs)
+
+
+def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
+    """`hvd_shadowsync.broadcast_parameters` with Horovod's signature."""
+    broadcast.broadcast_parameters(params, root_rank, communicator=communicator_of(process_set))
+
+
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int = 0, model: Any = None) -> None:
+    """`hvd_shadowsync.broadcast_optimizer_state` with Horovod's signature; `model` is not needed."""
+    broadcast.broadcast_optimizer_state(optimizer, root_rank)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_horovod, name)

@@ -1,0 +1,78 @@
+"""Warm-up: the first steps average gradients synchronously over the ranks, as Horovod does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.reducers import OwnerMean
+from hvd_shadowsync.replica import Merge, NamedTensor, Replica
+
+
+class Warmup:
+    """Averages the gradients of the first `steps` training steps, in the training thread.
+
+    Ranks that stop training earlier take part without counting (`finish`), so the others are not held up. A rank
+    without a gradient for a parameter contributes zeros, and gets the mean. Sparse gradients are averaged as dense
+    ones, and are sparse again afterwards unless `sparse_as_dense`.
+    """
+
+    def __init__(self, comm: Communicator, poller: Poller, steps: int, *, sparse_as_dense: bool = False) -> None:
+        self._comm, self._poller = comm, poller
+        self._mean = OwnerMean(comm, poller)
+        self._sparse_as_dense = sparse_as_dense
+        self.left = steps
+
+    @property
+    def bytes_sent(self) -> int:
+        """What this rank has put on the wire for gradients, bytes."""
+        return self._mean.bytes_sent
+
+    def average(self, params: Iterable[NamedTensor]) -> None:
+        """Replace the gradients of `params` by their mean over the ranks that train; counts as one step."""
+        self._meet([each for each in params if each.tensor.requires_grad], trains=True)
+
+    def finish(self, params: Iterable[NamedTensor]) -> None:
+        """Take part until the warm-up is over or no rank trains any more."""
+        trained = list(params)
+        while self.left and self._meet([each for each in trained if each.tensor.requires_grad], trains=False):
+            pass
+
+    def _meet(self, params: list[NamedTensor], *, trains: bool) -> bool:
+        present = torch.zeros(self._comm.size, 1 + len(params), dtype=torch.uint8)
+        own = torch.tensor([trains] + [trains and each.tensor.grad is not None for each in params], dtype=torch.uint8)
+        self._poller.wait([self._comm.iallgather(own, present)])
+        weights = [float(value) for value in present[:, 0].tolist()]
+        if not any(weights):
+            return False
+        self.left -= 1
+        wanted = [each for each, used in zip(params, present[:, 1:].any(0).tolist(), strict=True) if used]
+        self._average(wanted, weights, trains)
+        return True
+
+    def _average(self, params: list[NamedTensor], weights: list[float], trains: bool) -> None:
+        sparse_dims = [None if self._sparse_as_dense else _sparse_dim(each.tensor.grad) for each in params]
+        gradients = Replica([NamedTensor(each.name, _dense_gradient(each.tensor, trains)) for each in params])
+        flat = gradients.empty()
+        gradients.snapshot(flat)
+        for part, mean in self._mean.reduce(flat, weights):
+            flat[part].copy_(mean)
+        gradients.merge(flat, Merge.ASSIGN)
+        for each, gradient, sparse_dim in zip(params, gradients.tensors, sparse_dims, strict=True):
+            if trains:
+                dense = gradient.tensor
+                each.tensor.grad = dense if sparse_dim is None else dense.to_sparse(sparse_dim)
+
+
+def _sparse_dim(gradient: Tensor | None) -> int | None:
+    return gradient.sparse_dim() if gradient is not None and gradient.is_sparse else None
+
+
+def _dense_gradient(param: Tensor, trains: bool) -> Tensor:
+    if param.grad is None or not trains:
+        return torch.zeros_like(param, requires_grad=False)
+    return param.grad.to_dense() if param.grad.is_sparse else param.grad
