@@ -225,7 +225,8 @@ def examine_binding(facts: Facts) -> Iterator[Finding]:
         text = f"rank(s) {_listed(pinned)} pinned to one core, shared by training and the communicator thread"
         yield Finding(Level.WARNING, "binding", text, "mpirun --bind-to none (shadowrun does it)")
     elif facts.ranks:
-        yield Finding(Level.OK, "binding", f"{_span([len(rank.cores) for rank in facts.ranks])} cores open to each rank")
+        cores_each = _span([len(rank.cores) for rank in facts.ranks])
+        yield Finding(Level.OK, "binding", f"{cores_each} core(s) open to each rank")
     for host, (ranks, cores) in _load(facts.ranks).items():
         if ranks > cores:
             text = f"{host}: {ranks} ranks on {cores} core(s) take turns"

@@ -230,6 +230,7 @@ class ShadowSync:
             self._replica.merge(loaded, Merge.ASSIGN)
             self._loaded = state or None
             self._start_alike()
+            driver.rounds.begin(self._replica)
             self._recall(driver.rounds)
 
     def close(self) -> None:
@@ -283,10 +284,12 @@ class ShadowSync:
         optimizer.shadow = self  # type: ignore[attr-defined]
         optimizer.synchronize = self.average_gradients  # type: ignore[attr-defined]
         optimizer.skip_synchronize = self.skip_average  # type: ignore[attr-defined]
-        self._hooks = []
+        self._hooks: list[Any] = []
+        self._pre_hook: Any = None
         if self.size > 1:
+            self._pre_hook = optimizer.register_step_pre_hook(_undisturbed(self._before_step))
             self._hooks = [
-                optimizer.register_step_pre_hook(_undisturbed(self._before_step)),
+                self._pre_hook,
                 optimizer.register_step_post_hook(_undisturbed(self._after_step)),
                 optimizer.register_state_dict_post_hook(self._add_state),
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
@@ -324,8 +327,11 @@ class ShadowSync:
             self._replica = driver.rounds.wanted_replica = self._make_replica()
         if self._warmup.left:
             self._metrics.steps += 1
-        else:
-            driver.step_taken()
+            return
+        driver.step_taken()
+        if self._pre_hook is not None:
+            self._pre_hook.remove()
+            self._pre_hook = None
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         state[STATE_KEY] = self._state()
@@ -389,7 +395,6 @@ class ShadowSync:
                 f"optimizer state with rounds in it was loaded on ranks {[r for r, has in enumerate(loaded) if has]} "
                 "only; load it on every rank, or call broadcast_optimizer_state"
             )
-        rounds.begin(self._replica)
         if self._loaded is not None:
             rounds.load_state(self._loaded)
             self._loaded = None

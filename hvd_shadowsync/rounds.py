@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_shadowsync import ballot
 from hvd_shadowsync.algorithms import Algorithm, ElasticAveraging
-from hvd_shadowsync.algorithms.base import named, slices
+from hvd_shadowsync.algorithms.base import State, named, slices
 from hvd_shadowsync.ballot import Ballot, Intent, Verdict
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
@@ -26,6 +26,7 @@ from hvd_shadowsync.replica import Merge, Replica
 SETTLED = 0.01
 MISMATCH_TIMEOUT_S = 30.0
 SAMPLE = 256
+STATE_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,6 @@ class Rounds:
         self._consolidated_at = -1
         self._mismatch_since: float | None = None
         self.lock = threading.Lock()
-        self.replica = self.wanted_replica = replica
         self.begin(replica)
 
     # --- what the rounds start from ---------------------------------------------------------------------------------
@@ -100,9 +100,12 @@ class Rounds:
         """Start anew from the live values of `replica`, which are the same on every rank."""
         with self.lock:
             self.replica = self.wanted_replica = replica
-            self._snapshot, self._integers = replica.empty(), replica.empty_integers()
+            self._allocate()
             replica.snapshot(self._snapshot)
             self._set_anchor(self._snapshot)
+
+    def _allocate(self) -> None:
+        self._snapshot, self._integers = self.replica.empty(), self.replica.empty_integers()
 
     def _set_anchor(self, anchor: Tensor) -> None:
         self._state = self._options.algorithm.init(anchor[: self.replica.num_weights])
@@ -201,11 +204,17 @@ class Rounds:
     def _update(self, piece: slice, reduced: Tensor) -> Tensor:
         if piece.start >= self.replica.num_weights:
             return reduced
-        held = slices(self._state, piece)
-        anchor, state = self._options.algorithm.update(reduced, held)
-        for target, value in zip(held, state, strict=True):
-            target.copy_(value)
+        anchor, state = self._options.algorithm.update(reduced, slices(self._state, piece))
+        self._keep(piece, state)
         return anchor
+
+    def _keep(self, piece: slice, state: State) -> None:
+        for target, value in zip(slices(self._state, piece), state, strict=True):
+            target.copy_(value)
+
+    def _weight_parts(self) -> Iterator[slice]:
+        for start in range(0, self.replica.num_weights, STATE_CHUNK):
+            yield slice(start, min(start + STATE_CHUNK, self.replica.num_weights))
 
     def _stage(self, piece: slice, anchor: Tensor, squared: list[float]) -> None:
         staged = self._snapshot[piece]
@@ -223,8 +232,8 @@ class Rounds:
     def _consolidate(self, weights: tuple[float, ...]) -> Staged:
         self._take_snapshot()
         self._average(weights)
-        weights_part = self._snapshot[: self.replica.num_weights]
-        self._state = type(self._state)(*(t.clone() for t in self._options.algorithm.rebase(weights_part, self._state)))
+        for part in self._weight_parts():
+            self._keep(part, self._options.algorithm.rebase(self._snapshot[part], slices(self._state, part)))
         self._reducer.rebase(self._snapshot)
         self._consolidated_at = self._steps
         return self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
@@ -249,7 +258,7 @@ class Rounds:
         known = {each.name for each in self.replica.tensors}
         memory = {name: self.replica.by_name(tensor) for name, tensor in named(self._state)}
         self.replica = self.wanted_replica
-        self._snapshot, self._integers = self.replica.empty(), self.replica.empty_integers()
+        self._allocate()
         self._take_snapshot()
         start = self._snapshot.clone()
         self._poller.wait([self._comm.ibcast(start)])

@@ -1,4 +1,4 @@
-"""`shadowrun`: finds the MPI at hand, builds the `mpirun` or `horovodrun` command for it, and becomes that command."""
+"""`shadowrun`: finds the MPI at hand, builds the `mpirun` or `horovodrun` command for it, and runs that."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +24,8 @@ VERSION_PATTERNS: Mapping[Kind, str] = {
 }
 PYTHONS = ("python", "python3")
 PROBE_TIMEOUT_S = 60
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_S = 10.0
 
 
 def parse_hosts(text: str) -> tuple[Host, ...]:
@@ -240,14 +244,64 @@ def shell_line(command: Sequence[str], additions: Mapping[str, str]) -> str:
     return " ".join([*settings, shlex.join(command)])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `shadowrun`; returns only after --dry-run (0) or an error (2), else this process becomes the launcher.
+def supervise(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run `command` in a session of its own, pass signals on to all of it, and return its exit code when all has ended.
 
-    So the job's exit code is this process's, and signals reach the launcher, which ends its ranks.
+    horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
+    MPICH's mpirun exits with 0 after a signal: the code is then the signal's.
+    """
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        if child is not None:
+            _signal_group(child.pid, number)
+
+    previous = {each: signal.signal(each, forward) for each in FORWARDED_SIGNALS}
+    try:
+        child = subprocess.Popen(command, env=environ, start_new_session=True)
+        for number in received:
+            _signal_group(child.pid, number)
+        code = _wait(child)
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+    if code < 0:
+        return 128 - code
+    return 128 + received[0] if received and code == 0 else code
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Return the exit code of `child` when its process group is gone too: mpirun ends its ranks after the shell."""
+    code = child.wait()
+    deadline = time.monotonic() + GRACE_S
+    while _signal_group(child.pid, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_group(child.pid, signal.SIGKILL)
+    return code
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Signal a process group; tell whether it still exists."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `shadowrun`: the job's exit code, 0 after --dry-run, 2 where the job cannot be started.
+
+    This process becomes Open MPI's mpirun, so that its exit code and the signals that it gets are mpirun's own; the
+    other launchers are supervised instead (see `supervise`).
     """
     try:
         options = parser().parse_args(arguments)
-        command, additions = build_command(launch_from(options, this_machine()), detect_mpi())
+        launch = launch_from(options, this_machine())
+        mpi = detect_mpi()
+        command, additions = build_command(launch, mpi)
     except LaunchError as error:
         print(f"shadowrun: {error}", file=sys.stderr)
         return 2
@@ -256,7 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.verbose:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
-    os.execvpe(command[0], command, {**os.environ, **additions})
+    environ = {**os.environ, **additions}
+    if launch.horovodrun is not None or mpi.kind != "openmpi":
+        return supervise(command, environ)
+    os.execvpe(command[0], command, environ)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""One pass over time-ordered binary events with a DLRM: Horovod's wrapper, or the swap, or no synchronisation at all.
+
+    shadowrun --horovod -np 2 python examples/ctr.py --sync horovod --report runs/horovod.json
+    shadowrun --horovod -np 2 python examples/ctr.py --sync shadow --report runs/shadow.json
+    mpirun -np 2 --bind-to none --map-by slot:OVERSUBSCRIBE python examples/ctr.py --sync shadow --algorithm easgd
+    python examples/ctr.py --sync none                     # one plain process
+    python examples/ctr.py --sync none --data criteo day_0.gz
+    python examples/report.py runs/*.json --output runs    # table, picture and page
+
+Where shadowrun does not start it, set OMP_NUM_THREADS to the cores that each rank may use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import criteo
+import flights
+from dlrm import DLRM, Batch
+from quality import quality
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sync", choices=["shadow", "horovod", "none"], default="shadow", help="none: replicas that never meet")
+    add("--algorithm", choices=["ma", "easgd", "bmuf"], default="ma", help="of --sync shadow")
+    add("--sync-every", type=int, metavar="STEPS", help="of --sync shadow: start a round every so many steps")
+    add("--sync-interval-ms", type=float, metavar="MS", help="of --sync shadow: start a round every so many ms")
+    add("--cpu-budget", type=float, metavar="SHARE", help="of --sync shadow: core share of the communicator thread")
+    add("--data", nargs="+", default=["flights"], metavar="NAME", help="flights, or criteo PATH [TEST_PATH]")
+    add("--test-fraction", type=float, default=0.1, help="criteo: the last rows held out where there is no TEST_PATH")
+    add("--buckets", type=int, default=10_000, help="criteo: rows of each hashed embedding table")
+    add("--batch-size", type=int, default=256, help="rows per rank and step")
+    add("--lr", type=float, default=0.02, help="learning rate of Adagrad")
+    add("--embedding-dim", type=int, default=16)
+    add("--seed", type=int, default=1)
+    add("--steps", type=int, help="stop after so many steps")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="steps between two entries of the record's history")
+    add("--report", type=Path, metavar="FILE.json", help="where rank 0 writes the record of this run")
+    args = parser.parse_args(argv)
+    if args.data[0] not in ("flights", "criteo") or len(args.data) > (1 if args.data[0] == "flights" else 3):
+        parser.error(f"--data {' '.join(args.data)}: expected flights, or criteo PATH [TEST_PATH]")
+    if args.data == ["criteo"]:
+        parser.error("--data criteo: expected the path of a Criteo file or folder after it")
+    for name in (
+        "batch_size",
+        "lr",
+        "embedding_dim",
+        "log_every",
+        "steps",
+        "sync_every",
+        "sync_interval_ms",
+        "cpu_budget",
+    ):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a value above 0")
+    return args
+
+
+def open_data(args: argparse.Namespace) -> flights.Flights | criteo.Criteo:
+    if args.data[0] == "flights":
+        return flights.load()
+    paths = [Path(path) for path in args.data[1:]]
+    return criteo.Criteo.open(*paths, test_fraction=args.test_fraction, num_buckets=args.buckets)
+
+
+def shadow_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What this command says about rounds, as arguments of the wrapper; the rest keeps its default."""
+    from hvd_shadowsync import BMUF, ElasticAveraging, ModelAveraging
+
+    algorithm = {"ma": ModelAveraging, "easgd": ElasticAveraging, "bmuf": BMUF}[args.algorithm]()
+    given = {name: getattr(args, name) for name in ("sync_every", "sync_interval_ms", "cpu_budget")}
+    return {"algorithm": algorithm, **{name: value for name, value in given.items() if value is not None}}
+
+
+args = parse()
+try:
+    data = open_data(args)
+except (FileNotFoundError, ValueError) as error:
+    sys.exit(f"ctr.py: {error}")
+
+# ---- the swap: one of these two imports ------------------------------------------------------------------------------
+if args.sync == "shadow":
+    import hvd_shadowsync.torch as hvd
+elif args.sync == "horovod":
+    import horovod.torch as hvd
+# ----------------------------------------------------------------------------------------------------------------------
+from mpi4py import MPI  # noqa: E402  (initialises MPI, which the swap tunes before)
+
+if args.sync == "none":
+    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+else:
+    hvd.init()
+    rank, size = hvd.rank(), hvd.size()
+
+torch.manual_seed(args.seed)
+model = DLRM(data.num_dense, data.table_sizes, embedding_dim=args.embedding_dim)
+optimizer = torch.optim.Adagrad(model.parameters(), lr=args.lr)
+
+# The first pass sets up thread pools and caches; it is no part of what is measured.
+model(
+    torch.zeros(args.batch_size, data.num_dense), torch.zeros(args.batch_size, len(data.table_sizes), dtype=torch.long)
+)
+
+if args.sync != "none":
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    options = shadow_options(args) if args.sync == "shadow" else {}
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), **options)
+
+chunk = args.batch_size * size  # examples of one step of the whole job
+num_steps = args.steps
+if data.num_train_rows is not None:
+    num_steps = min(num_steps or sys.maxsize, data.num_train_rows // chunk)
+bar = tqdm(total=num_steps and num_steps * chunk, unit="ex", unit_scale=True, mininterval=0.5, disable=rank != 0)
+history: list[dict[str, float | None]] = []
+losses = torch.zeros(())
+step = seen_steps = seen_rounds = 0
+shown_gap = "-"
+
+MPI.COMM_WORLD.Barrier()
+started = time.perf_counter()
+batches = data.train_batches(args.batch_size, rank=rank, size=size)
+for step, batch in enumerate(islice(batches, num_steps), start=1):
+    optimizer.zero_grad()
+    logits = model(batch.dense, batch.ids)  # [B]
+    loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
+    loss.backward()
+    optimizer.step()
+    losses += loss.detach()
+    if step % args.log_every == 0:
+        gap = 1.0 if args.sync == "horovod" else None  # steps per round since the last entry; None: no round since
+        if args.sync == "shadow" and (rounds := optimizer.shadow.metrics()["rounds"]) > seen_rounds:
+            gap = (step - seen_steps) / (rounds - seen_rounds)
+            seen_steps, seen_rounds = step, rounds
+        mean_loss = losses.item() / args.log_every  # of this rank's rows
+        losses.zero_()
+        elapsed = time.perf_counter() - started
+        history.append({"examples": step * chunk, "seconds": elapsed, "loss": mean_loss, "sync_gap": gap})
+        shown_gap = shown_gap if gap is None else f"{gap:.1f} steps"
+        bar.set_postfix(loss=f"{mean_loss:.4f}", sync_gap=shown_gap, refresh=False)
+        bar.update(step * chunk - bar.n)
+if args.sync == "shadow":
+    optimizer.shadow.synchronize()  # all replicas are the same from here on
+seconds = MPI.COMM_WORLD.allreduce(time.perf_counter() - started, op=MPI.MAX)
+bar.update(step * chunk - bar.n)
+bar.close()
+if step == 0:
+    sys.exit(f"ctr.py: no step taken: the training rows do not fill a batch of {args.batch_size} on {size} rank(s)")
+
+dense_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+if args.sync == "shadow":
+    sync = optimizer.shadow.metrics(merged=True)
+    optimizer.shadow.close()
+elif args.sync == "horovod":  # the bytes of a ring, all ranks together: Horovod does not count its own
+    sync = {"rounds": step, "sync_gap_steps": 1.0, "bytes_sent": step * 2 * (size - 1) * dense_bytes}
+else:
+    sync = {"rounds": 0, "sync_gap_steps": None, "bytes_sent": 0}
+
+if rank == 0:
+    model.eval()
+    with torch.inference_mode():
+        tested = [(batch.labels, model(batch.dense, batch.ids).sigmoid()) for batch in data.test_batches(4096)]
+    labels, probabilities = (torch.cat(column).numpy() for column in zip(*tested, strict=True))
+    test = quality(labels, probabilities)
+    record = {
+        "name": f"shadow {args.algorithm}" if args.sync == "shadow" else args.sync,
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "world_size": size,
+        "threads": torch.get_num_threads(),
+        "dense_bytes": dense_bytes,
+        "steps": step,
+        "examples": step * chunk,
+        "seconds": seconds,
+        "examples_per_second": step * chunk / seconds,
+        "test": test._asdict(),
+        "sync": {name: value if value is None or math.isfinite(value) else None for name, value in sync.items()},
+        "history": history,
+    }
+    print(
+        f"{record['name']}: {record['examples']} examples in {seconds:.1f} s, {record['examples_per_second']:.0f} examples/s; "
+        f"{test.rows} test rows, {test.base_rate:.3f} positive: AUC {test.auc}, normalised entropy {test.normalised_entropy}"
+    )
+    if args.report:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        args.report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
