@@ -1,7 +1,7 @@
 """An exchange of the elastic center over a link of known rate, against the time that its bytes need on the link.
 
     launch/emulated-cluster up 2 --rate 1gbit
-    launch/emulated-cluster run 2 .venv/bin/python benchmarks/exchange.py --rate-mbit 1000
+    launch/emulated-cluster run 2 python benchmarks/exchange.py --rate-mbit 1000
     launch/emulated-cluster down
 
 Two cases: the center as it is, half of it on each of 2 hosts, both exchanging at the same time; and rank 0 exchanging
@@ -24,6 +24,7 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
 from hvd_shadowsync.reducers import ElasticCenter
+from hvd_shadowsync.reducers.elastic import EAGER_BYTES
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def both(comm: Communicator, numel: int, arguments: argparse.Namespace) -> dict[
 
 def one(comm: Communicator, numel: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Rank 0 exchanges the whole vector with rank 1, whose training thread computes meanwhile."""
-    chunk = (1 << 18) // 4
+    chunk = EAGER_BYTES // 4
     rule, center = ElasticAveraging().elastic, torch.zeros(numel)
 
     def answer(source: int, tag: int, buffer: torch.Tensor) -> torch.Tensor:

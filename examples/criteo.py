@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import torch
-
 from dlrm import Batch
 
 NUM_DENSE, NUM_TABLES = 13, 26

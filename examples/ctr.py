@@ -21,14 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
 import criteo
 import flights
-from dlrm import DLRM, Batch
+import torch
+import torch.nn.functional as F
+from dlrm import DLRM
 from quality import quality
+from tqdm import tqdm
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
-
 from dlrm import Batch
+from torch import Tensor
 
 LATE_MINUTES = 15
 FIRST_TEST_MONTH = 11

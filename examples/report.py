@@ -22,9 +22,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from tabulate import tabulate  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from tabulate import tabulate
 
 Record = dict[str, Any]
 Groups = dict[str, list[Record]]

@@ -148,7 +148,8 @@ def parser() -> argparse.ArgumentParser:
         prog="shadowrun",
         allow_abbrev=False,
         description="Start a training script on several ranks with the MPI at hand (Open MPI, MPICH, Intel MPI).",
-        epilog="example: shadowrun -np 4 python train.py --epochs 3. SHADOWRUN_MPIRUN names another mpirun.",
+        epilog="example: shadowrun -np 4 python train.py --epochs 3. A bare "
+        "'python' is the one that shadowrun is installed for. SHADOWRUN_MPIRUN names another mpirun.",
     )
     add = result.add_argument
     add("-np", "-n", "--num-proc", dest="size", type=int, metavar="N", help="number of ranks (needed)")
@@ -216,15 +217,16 @@ def _variables(entries: Sequence[str], environ: Mapping[str, str]) -> Iterator[t
 
 
 def _program(words: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Resolve the program here, so that it does not depend on the PATH that a launcher makes."""
+    """Resolve the program here, so that it does not depend on the PATH that a launcher makes.
+
+    A bare `python` is the one that this package is installed for, even where its environment is not activated.
+    """
     words = words[1:] if words[:1] == ["--"] else words
     if not words:
         raise LaunchError("no program given; put it last, for example: shadowrun -np 2 python train.py")
     if words[0].endswith(".py") and not os.access(words[0], os.X_OK):
         words = [sys.executable, *words]
-    found = shutil.which(words[0], path=environ.get("PATH"))
-    if found is None and words[0] in PYTHONS:
-        found = sys.executable
+    found = sys.executable if words[0] in PYTHONS else shutil.which(words[0], path=environ.get("PATH"))
     if found is None:
         raise LaunchError(f"no program {words[0]!r} here or on PATH; check its name, a script needs: python {words[0]}")
     return (os.path.abspath(found), *words[1:])

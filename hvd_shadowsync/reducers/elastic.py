@@ -15,6 +15,7 @@ from hvd_shadowsync.reducers.base import CHUNK_BYTES, Reducer, Shards, Slices, p
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(center, replica) -> (center after the exchange, answer to the replica)."""
 
+EAGER_BYTES = 48 << 10
 LARGEST_TAG = 32_767  # the smallest upper bound of tags that the MPI standard allows
 
 
@@ -29,7 +30,8 @@ class ElasticCenter(Reducer):
         poller: how to wait.
         rule: the exchange of a slice of the center with a replica's, `ElasticAveraging.elastic`.
         anchor: flat vector that the center starts from, the same on every rank.
-        chunk_bytes: size of a request; default 256 KiB: the way up and the way down overlap from the second on.
+        chunk_bytes: size of a request; default 48 KiB, below what MPI libraries send over TCP without a rendezvous
+            (64 KiB): only then do the way up and the way down overlap.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class ElasticCenter(Reducer):
         rule: Rule,
         anchor: Tensor,
         *,
-        chunk_bytes: int = CHUNK_BYTES // 4,
+        chunk_bytes: int = EAGER_BYTES,
     ) -> None:
         self._rank = comm.rank
         self._rule = rule

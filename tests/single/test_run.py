@@ -431,8 +431,9 @@ def test_horovod_with_mpi(bare: Path, executable: Executable, capsys: pytest.Cap
     assert f"{horovodrun} -np 2 --mpi" in capsys.readouterr().out
 
 
-def test_python_and_scripts_without_python_on_path(bare: Path, executable: Executable, tmp_path: Path) -> None:
+def test_python_is_the_one_of_this_package(bare: Path, executable: Executable, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
+    executable("path/python", "exit 1")
     options = run.parser().parse_args(["-np", "2", "--", "python", "train.py"])
     assert run.launch_from(options, run.this_machine()).program == (sys.executable, "train.py")
     script = str(tmp_path / "train.py")
