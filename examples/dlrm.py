@@ -1,8 +1,9 @@
-"""A compact DLRM (Naumov et al. 2019, arXiv 1906.00091): embeddings, two MLPs and the dots between all pairs of vectors."""
+"""A compact DLRM (Naumov et al. 2019, arXiv 1906.00091): embeddings, two MLPs, the dots of all pairs of vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ class Batch(NamedTuple):
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:
     """Linear layers of these widths, each followed by a ReLU."""
-    layers = [(nn.Linear(fan_in, fan_out), nn.ReLU()) for fan_in, fan_out in zip(widths, widths[1:], strict=False)]
+    layers = [(nn.Linear(fan_in, fan_out), nn.ReLU()) for fan_in, fan_out in pairwise(widths)]
     return nn.Sequential(*(module for layer in layers for module in layer))
 
 

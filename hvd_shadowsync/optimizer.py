@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -33,6 +34,8 @@ APPLIES = ("boundary", "hogwild")
 INITIALS = ("broadcast", "check")
 WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
 STATE_KEY = "shadow_sync"
+
+_OPEN: weakref.WeakSet[ShadowSync] = weakref.WeakSet()
 
 
 class ShadowSync:
@@ -127,6 +130,7 @@ class ShadowSync:
             self._require_same(warmup_steps)
             self._start_alike()
         self._attach()
+        _OPEN.add(self)
 
     # --- what a user asks for -----------------------------------------------------------------------------------------
 
@@ -220,8 +224,7 @@ class ShadowSync:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from the live weights, which were loaded, and `state`, or none, on every rank (collective).
 
-        Raises:
-            CheckpointError: `state` is not of this algorithm.
+        Of another algorithm's `state` the counters are taken over, with a warning.
         """
         if driver := self._begun():
             loaded = self._replica.empty()
@@ -232,6 +235,7 @@ class ShadowSync:
             self._start_alike()
             driver.rounds.begin(self._replica)
             self._recall(driver.rounds)
+            driver.restart()
 
     def close(self) -> None:
         """Take part until all ranks are here, merge the last result, detach (collective; idempotent).
@@ -247,6 +251,7 @@ class ShadowSync:
             driver.rounds.free()
         self._comm.free()
         self._detach()
+        _OPEN.discard(self)
 
     def __enter__(self) -> ShadowSync:
         return self
@@ -479,3 +484,9 @@ def _undisturbed(hook: Callable[..., None]) -> Callable[..., None]:
 
 def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
     return [len(group["params"]) for group in optimizer.param_groups]
+
+
+def close_all() -> None:
+    """Close every handle of this process that is still open (collective)."""
+    for handle in list(_OPEN):
+        handle.close()

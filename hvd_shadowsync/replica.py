@@ -110,11 +110,12 @@ class Replica:
     def merge(self, staged: Tensor, how: Merge, alpha: float = 1.0, *, hogwild: bool = False) -> None:
         """Bring the flat vector `staged` into the live tensors; `hogwild` lets autograd take no notice."""
         lives = [each.live(unnoticed=hogwild) for each in self.tensors]
+        if not lives:
+            return
         parts = [part.view(live.shape) for part, live in zip(self._parts(staged), lives, strict=True)]
         if self.pinned:
             parts = [part.to(live.device, non_blocking=True) for part, live in zip(parts, lives, strict=True)]
-        for live, part in zip(lives, parts, strict=True):
-            _APPLY[how](live, part, alpha)
+        _APPLY[how](lives, parts, alpha)
         if self.pinned:
             self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._uploaded.record()
@@ -150,19 +151,19 @@ class Replica:
         return len(self.params) if flat.numel() == self.num_weights else len(self.segments)
 
 
-def _add(live: Tensor, part: Tensor, alpha: float) -> None:
-    live.add_(part)
+def _add(lives: list[Tensor], parts: list[Tensor], alpha: float) -> None:
+    torch._foreach_add_(lives, parts)
 
 
-def _pull(live: Tensor, part: Tensor, alpha: float) -> None:
-    live.lerp_(part.to(live.dtype), alpha)
+def _pull(lives: list[Tensor], parts: list[Tensor], alpha: float) -> None:
+    torch._foreach_lerp_(lives, [part.to(live.dtype) for part, live in zip(parts, lives, strict=True)], alpha)
 
 
-def _assign(live: Tensor, part: Tensor, alpha: float) -> None:
-    live.copy_(part)
+def _assign(lives: list[Tensor], parts: list[Tensor], alpha: float) -> None:
+    torch._foreach_copy_(lives, parts)
 
 
-_APPLY: dict[Merge, Callable[[Tensor, Tensor, float], None]] = {
+_APPLY: dict[Merge, Callable[[list[Tensor], list[Tensor], float], None]] = {
     Merge.ADD: _add,
     Merge.PULL: _pull,
     Merge.ASSIGN: _assign,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -22,6 +23,8 @@ from hvd_shadowsync.errors import ReplicaMismatchError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reducers import AllReduceMean, ElasticCenter, ElasticInTurn, OwnerMean, Reducer
 from hvd_shadowsync.replica import Merge, Replica
+
+logger = logging.getLogger(__name__)
 
 SETTLED = 0.01
 MISMATCH_TIMEOUT_S = 30.0
@@ -311,7 +314,9 @@ class Rounds:
     def load_state(self, saved: Mapping[str, Any]) -> None:
         """Take over state and counters of `saved`; what the algorithm does not know, or lacks, stays as it is."""
         with self.lock:
-            memory = saved["state"]
+            memory, was = saved["state"], saved["algorithm"]["name"]
+            if was != (now := type(self._options.algorithm).__name__):
+                logger.warning("the checkpoint's rounds were %s; %s goes on from the loaded weights", was, now)
             if "center" in memory:
                 anchor = self._snapshot.clone()
                 anchor[: self.replica.num_weights] = self.replica.from_names(memory["center"], anchor)

@@ -35,6 +35,10 @@ class Driver(ABC):
         """Take note of a training step: at its boundary results are merged and rounds begin."""
 
     @abstractmethod
+    def restart(self) -> None:
+        """Count steps from what the metrics say now, after they were loaded; no round is under way."""
+
+    @abstractmethod
     def pause(self) -> None:
         """Begin no more rounds; the one under way is merged first."""
 
@@ -64,6 +68,10 @@ class Foreground(Driver):
         self.metrics.steps += 1
         if not self._paused and self.metrics.steps - self._steps_at_round >= self.pacing.steps:
             self._run(Intent.TRAIN)
+
+    def restart(self) -> None:
+        """See `Driver.restart`."""
+        self._steps_at_round = self.metrics.steps
 
     def pause(self) -> None:
         """See `Driver.pause`; all ranks have to pause at the same step."""
@@ -138,6 +146,11 @@ class ShadowThread(Driver):
                 self._merge_if_staged()
         if self.metrics.steps >= self._wake_at_step:
             self._wake.set()
+
+    def restart(self) -> None:
+        """See `Driver.restart`."""
+        self._steps_at_round = self.metrics.steps
+        self._wake.set()
 
     def pause(self) -> None:
         """See `Driver.pause`."""

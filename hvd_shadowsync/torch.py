@@ -18,7 +18,9 @@ except ImportError as error:
 from hvd_shadowsync import broadcast
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.tuning import tune_environment
+from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimizer
 from hvd_shadowsync.distributed import communicator_of
+from hvd_shadowsync.optimizer import close_all
 
 __all__ = sorted({name for name in dir(_horovod) if not name.startswith("_")} | {"DistributedOptimizer"})
 
@@ -31,6 +33,12 @@ def init(*args: Any, **kwargs: Any) -> Any:
     tune_environment()
     mpi.end_job_on_exception()
     return _horovod.init(*args, **kwargs)
+
+
+def shutdown() -> Any:
+    """Close what is still synchronised (collective), then `horovod.torch.shutdown`, which may finalise MPI."""
+    close_all()
+    return _horovod.shutdown()
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:

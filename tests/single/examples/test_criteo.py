@@ -144,9 +144,9 @@ def test_files_cut_off_are_named(tmp_path: Path, tsv: Path, lines: list[str]) ->
 
 
 def test_missing_files_and_wrong_arguments(tmp_path: Path, tsv: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist. Name a Criteo file"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. Name a Criteo file"):
         Criteo.open(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="does not exist. Name a Criteo file"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. Name a Criteo file"):
         Criteo.open(tsv, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no file"):
