@@ -1,10 +1,10 @@
 """Rows in the format of Criteo's click logs, streamed from TSV (also .gz) or Parquet in bounded memory.
 
 A row has a label (0 or 1), 13 integers and 26 hexadecimal strings, separated by tabs, empty where missing. Rows are in
-order of time. The integers become log(1 + max(x, 0)), the strings are hashed into a fixed number of buckets per table; bucket 0
-stands for "missing". Every rank reads the whole stream and encodes its own batches only: of each `size` batches in a row
-rank r takes the r-th, and what is left over at the end (fewer than `size` batches) is left out, so that all ranks take
-equally many steps.
+order of time. The integers become log(1 + max(x, 0)), the strings are hashed into a fixed number of buckets per table;
+bucket 0 stands for "missing". Every rank reads the whole stream and encodes its own batches only: of each `size`
+batches in a row rank r takes the r-th. What is left over at the end (fewer than `size` batches) is left out, so that
+all ranks take equally many steps.
 """
 
 from __future__ import annotations

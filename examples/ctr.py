@@ -187,9 +187,10 @@ if rank == 0:
         "sync": {name: value if value is None or math.isfinite(value) else None for name, value in sync.items()},
         "history": history,
     }
+    auc, entropy = (math.nan if value is None else value for value in (test.auc, test.normalised_entropy))
     print(
-        f"{record['name']}: {record['examples']} examples in {seconds:.1f} s, {record['examples_per_second']:.0f} examples/s; "
-        f"{test.rows} test rows, {test.base_rate:.3f} positive: AUC {test.auc}, normalised entropy {test.normalised_entropy}"
+        f"{record['name']}: {step * chunk} examples in {seconds:.1f} s, {step * chunk / seconds:.0f} examples/s; "
+        f"{test.rows} test rows, {test.base_rate:.1%} positive: AUC {auc:.4f}, normalised entropy {entropy:.4f}"
     )
     if args.report:
         args.report.parent.mkdir(parents=True, exist_ok=True)

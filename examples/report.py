@@ -31,15 +31,16 @@ Groups = dict[str, list[Record]]
 
 HEADERS = ["run", "runs", "examples/s", "AUC", "normalised entropy", "sync gap (steps)", "rounds", "sent (MB)"]
 NOTE = (
-    "Examples/s are of the whole job's training loop; AUC and normalised entropy (log loss over the entropy of the label's "
-    "mean) are of the test rows; the sync gap is training steps per round; MB are sent by all ranks together "
+    "Examples/s are of the whole job's training loop; AUC and normalised entropy (log loss over the entropy of the "
+    "label's mean) are of the test rows; the sync gap is training steps per round; MB are sent by all ranks together "
     "(Horovod's computed for a ring)."
 )
 VARIED = ("seed", "report")  # settings in which records of one group differ
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 68em; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; margin: 1em 0 }} th, td {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+th, td {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left }}
 img {{ max-width: 100% }}
 </style></head><body>
 <h1>{title}</h1>

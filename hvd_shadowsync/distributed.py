@@ -78,6 +78,7 @@ def DistributedOptimizer(
             f"op={op!r}: weights can only be averaged; use op=hvd.Average (in place of Sum, scale the learning rate)"
         )
     _warn_without_effect(gradient_predivide_factor, num_groups, groups)
+    members = communicator_of(process_set)
     handle = ShadowSync(
         optimizer,
         algorithm=algorithm,
@@ -94,9 +95,11 @@ def DistributedOptimizer(
         wire_dtype=_wire_dtype(compression, wire_dtype),
         sparse_as_dense=sparse_as_dense,
         initial_weights=initial_weights,
-        communicator=communicator_of(process_set),
+        communicator=members,
         end_job_on_exception=end_job_on_exception,
     )
+    if members is not None:
+        members.free()
     return handle.optimizer
 
 
@@ -113,7 +116,7 @@ def _wire_dtype(compression: Any, wire_dtype: torch.dtype | None) -> torch.dtype
 
 
 def communicator_of(process_set: Any) -> Communicator | None:
-    """Return a communicator over the ranks of a Horovod process set, None for all ranks."""
+    """Return a communicator over the ranks of a Horovod process set, which the caller frees; None for all ranks."""
     if process_set is None or getattr(process_set, "process_set_id", None) == 0:
         return None
     ranks = getattr(process_set, "ranks", None)

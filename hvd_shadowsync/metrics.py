@@ -31,7 +31,7 @@ class RoundMetrics:
     | merge_ms | the training thread's part of a round, on average |
     | bytes_sent | bytes that this rank put on the wire for weights |
     | cpu_share | CPU time of the communicator thread and of merges, per second of wall clock |
-    | distance | of the replica from what the last round reduced to, relative to that one's norm |
+    | distance | of the replica from the last round's anchor, over the anchor's norm, on a sample of each slice |
     | surviving_progress | share of the last round's in-flight steps that the merge kept, on a sample of weights |
     """
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 SETTLED = 0.01
 MISMATCH_TIMEOUT_S = 30.0
 SAMPLE = 256
+DISTANCE_SAMPLE = 1 << 14
 STATE_CHUNK = 1 << 18
 
 
@@ -221,14 +222,14 @@ class Rounds:
 
     def _stage(self, piece: slice, anchor: Tensor, squared: list[float]) -> None:
         staged = self._snapshot[piece]
-        squared[1] += float(torch.dot(anchor, anchor))
+        some = anchor[:DISTANCE_SAMPLE]
+        away = some - staged[:DISTANCE_SAMPLE]
+        squared[0] += float(torch.dot(away, away))
+        squared[1] += float(torch.dot(some, some))
         if self._options.merge == "interpolate":
-            away = staged.sub_(anchor)
-            squared[0] += float(torch.dot(away, away))
             staged.copy_(anchor)
             return
         torch.sub(anchor, staged, out=staged)
-        squared[0] += float(torch.dot(staged, staged))
         if self._options.algorithm.alpha != 1:
             staged.mul_(self._options.algorithm.alpha)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -22,15 +23,22 @@ from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimi
 from hvd_shadowsync.distributed import communicator_of
 from hvd_shadowsync.optimizer import close_all
 
+CYCLE_TIME_MS = "20"
+
 __all__ = sorted({name for name in dir(_horovod) if not name.startswith("_")} | {"DistributedOptimizer"})
 
 
 def init(*args: Any, **kwargs: Any) -> Any:
     """Initialise Horovod, after tuning MPI (what the user has set stays); uncaught exceptions will end the job.
 
+    Horovod's own thread wakes every HOROVOD_CYCLE_TIME milliseconds, by default 1, whether there is something to reduce
+    or not, and takes the core from training. Without an allreduce a step it has little to do, so that 20 is set
+    unless the user set another value; an allreduce of the user's own then waits for up to so long.
+
     Arguments and result are those of `horovod.torch.init`.
     """
     tune_environment()
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME_MS)
     mpi.end_job_on_exception()
     return _horovod.init(*args, **kwargs)
 
@@ -43,7 +51,10 @@ def shutdown() -> Any:
 
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
     """`hvd_shadowsync.broadcast_parameters` with Horovod's signature."""
-    broadcast.broadcast_parameters(params, root_rank, communicator=communicator_of(process_set))
+    members = communicator_of(process_set)
+    broadcast.broadcast_parameters(params, root_rank, communicator=members)
+    if members is not None:
+        members.free()
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int = 0, model: Any = None) -> None:

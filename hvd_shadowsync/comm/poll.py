@@ -25,7 +25,7 @@ class Poller:
         growth: factor from one pause to the next.
     """
 
-    eager: int = 4
+    eager: int = 16
     shortest_s: float = 0.0001
     longest_s: float = 0.001
     growth: float = 1.3
