@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_shadowsync import agree
-from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
+from hvd_shadowsync import agree, arguments
+from hvd_shadowsync.algorithms import Algorithm
+from hvd_shadowsync.average import average_in_place
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
@@ -23,8 +24,8 @@ from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
 from hvd_shadowsync.pacing import Pacing, check_count
 from hvd_shadowsync.reducers import OwnerMean
-from hvd_shadowsync.replica import MERGES, Merge, NamedTensor, Replica
-from hvd_shadowsync.rounds import RoundOptions, Rounds
+from hvd_shadowsync.replica import Merge, NamedTensor, Replica
+from hvd_shadowsync.rounds import Rounds
 from hvd_shadowsync.shadow import Driver, Foreground, ShadowThread
 from hvd_shadowsync.warmup import Warmup
 
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 APPLIES = ("boundary", "hogwild")
 INITIALS = ("broadcast", "check")
-WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
 STATE_KEY = "shadow_sync"
 
 _OPEN: weakref.WeakSet[ShadowSync] = weakref.WeakSet()
@@ -105,13 +105,15 @@ class ShadowSync:
     ) -> None:
         if end_job_on_exception and communicator is None:
             mpi.end_job_on_exception()
-        _check_optimizer(optimizer)
-        self._options = _options(algorithm, merge, wire_dtype, foreground)
+        arguments.check_optimizer(optimizer)
+        self._options = arguments.round_options(algorithm, merge, wire_dtype, foreground)
         self._pacing = Pacing(sync_every, sync_interval_ms, cpu_budget)
-        self._apply = _choice("apply", apply, APPLIES)
-        self._initial = _choice("initial_weights", initial_weights, INITIALS)
+        self._apply = arguments.choice("apply", apply, APPLIES)
+        self._initial = arguments.choice("initial_weights", initial_weights, INITIALS)
         check_count("warmup_steps", warmup_steps, least=0)
-        self._check_combinations(sync_every, sync_buffers, model)
+        arguments.check_combinations(self._options, apply, sync_every)
+        if sync_buffers and model is None:
+            raise ValueError("sync_buffers=True needs model=..., whose buffers they are; give it")
         self.optimizer = optimizer
         self._model = model
         self._sync_buffers = model is not None if sync_buffers is None else sync_buffers
@@ -198,14 +200,10 @@ class ShadowSync:
         """
         if self._begun() is None:
             return
-        found = Replica(name_state(self.optimizer, self._replica.params))
-        everywhere = set.intersection(*map(set, self._comm.allgather_object([e.describe() for e in found.tensors])))
-        state = Replica([each for each in found.tensors if each.describe() in everywhere])
-        flat = state.empty()
-        state.snapshot(flat)
-        for part, mean in OwnerMean(self._comm, self._poller).reduce(flat, (1.0,) * self.size):
-            flat[part].copy_(mean)
-        state.merge(flat, Merge.ASSIGN)
+        found = name_state(self.optimizer, self._replica.params)
+        everywhere = set.intersection(*map(set, self._comm.allgather_object([each.describe() for each in found])))
+        shared = [each for each in found if each.describe() in everywhere]
+        average_in_place(OwnerMean(self._comm, self._poller), shared, (1.0,) * self.size)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value`, by rank (collective; pickles)."""
@@ -425,55 +423,6 @@ class ShadowSync:
             self.close()
         except ShadowSyncError:
             logger.exception("synchronisation ended with an error")
-
-    def _check_combinations(
-        self, sync_every: int | None, sync_buffers: bool | None, model: torch.nn.Module | None
-    ) -> None:
-        options = self._options
-        if options.foreground and sync_every is None:
-            raise ValueError("foreground=True needs sync_every=k, the steps from round to round; give it")
-        if options.foreground and self._apply == "hogwild":
-            raise ValueError("apply='hogwild' is for background rounds; leave out foreground=True or apply")
-        if options.algorithm.asynchronous and options.wire_dtype is not None:
-            raise ValueError(
-                f"wire_dtype={options.wire_dtype} is not available with {type(options.algorithm).__name__}; "
-                "leave it out, or use ModelAveraging or BMUF"
-            )
-        if sync_buffers and model is None:
-            raise ValueError("sync_buffers=True needs model=..., whose buffers they are; give it")
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass the torch.optim.Optimizer itself")
-    if isinstance(getattr(optimizer, "shadow", None), ShadowSync):
-        raise ValueError("optimizer is synchronised already; close() its handle (optimizer.shadow) first")
-    if type(optimizer).__module__.startswith("horovod.") or hasattr(optimizer, "_allreduce_delay"):
-        raise TypeError("optimizer is wrapped by Horovod already; pass the plain optimizer instead")
-
-
-def _options(algorithm: Algorithm | None, merge: str, wire_dtype: torch.dtype | None, foreground: bool) -> RoundOptions:
-    algorithm = ModelAveraging() if algorithm is None else algorithm
-    if not isinstance(algorithm, Algorithm):
-        raise TypeError(
-            f"algorithm={algorithm!r} is not an algorithm; pass an instance such as ModelAveraging(), "
-            "ElasticAveraging() or BMUF()"
-        )
-    _choice("merge", merge, MERGES)
-    if merge == "interpolate" and algorithm.alpha == 1:
-        raise ValueError(
-            f"merge='interpolate' with alpha={algorithm.alpha} overwrites all steps made while a round is in flight; "
-            "give alpha < 1 (0.5, say), or merge='delta'"
-        )
-    if wire_dtype not in WIRE_DTYPES:
-        raise ValueError(f"wire_dtype={wire_dtype!r} is not supported; give torch.float16, torch.bfloat16 or None")
-    return RoundOptions(algorithm, merge, wire_dtype, bool(foreground))
-
-
-def _choice(name: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; give one of {', '.join(map(repr, known))}")
-    return value
 
 
 def _undisturbed(hook: Callable[..., None]) -> Callable[..., None]:

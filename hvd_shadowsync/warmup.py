@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hvd_shadowsync.average import average_in_place
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.reducers import OwnerMean
-from hvd_shadowsync.replica import Merge, NamedTensor, Replica
+from hvd_shadowsync.replica import NamedTensor
 
 
 class Warmup:
@@ -56,13 +57,9 @@ class Warmup:
 
     def _average(self, params: list[NamedTensor], weights: list[float], trains: bool) -> None:
         sparse_dims = [None if self._sparse_as_dense else _sparse_dim(each.tensor.grad) for each in params]
-        gradients = Replica([NamedTensor(each.name, _dense_gradient(each.tensor, trains)) for each in params])
-        flat = gradients.empty()
-        gradients.snapshot(flat)
-        for part, mean in self._mean.reduce(flat, weights):
-            flat[part].copy_(mean)
-        gradients.merge(flat, Merge.ASSIGN)
-        for each, gradient, sparse_dim in zip(params, gradients.tensors, sparse_dims, strict=True):
+        gradients = [NamedTensor(each.name, _dense_gradient(each.tensor, trains)) for each in params]
+        average_in_place(self._mean, gradients, weights)
+        for each, gradient, sparse_dim in zip(params, gradients, sparse_dims, strict=True):
             if trains:
                 dense = gradient.tensor
                 each.tensor.grad = dense if sparse_dim is None else dense.to_sparse(sparse_dim)

@@ -25,6 +25,7 @@ FOLDER = Path(os.environ.get("SHADOWSYNC_JOB_FOLDER", "."))
 RANK = next((int(os.environ[name]) for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "HOROVOD_RANK") if name in os.environ), 0)  # fmt: skip  # noqa: E501
 SIZE = next((int(os.environ[name]) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE") if name in os.environ), 1)  # fmt: skip  # noqa: E501
 GRACE_S = 5.0
+OUTCOMES = ("passed", "failed", "skipped")
 
 
 def say(event: str, what: str, text: str = "") -> None:
@@ -50,25 +51,12 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    outcomes: list[str] = []
-    item.stash[OUTCOMES] = outcomes
-    result = yield
-    say("end", item.nodeid)
-    if "failed" in outcomes and not _all_ended(item.nodeid):
-        end_job(f"{item.nodeid} failed here, and other ranks are still in it")
-    return result
-
-
-OUTCOMES = pytest.StashKey[list[str]]()
-
-
-@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
     if report.failed or report.when == "call" or report.skipped:
-        item.stash[OUTCOMES].append(report.outcome)
         say(report.outcome, item.nodeid, report.longreprtext if report.failed else str(report.longrepr or ""))
+        if report.failed and not _all_are_through(item.nodeid):
+            end_job(f"{item.nodeid} failed here, and other ranks are still in it")
     return report
 
 
@@ -89,19 +77,19 @@ def end_job(why: str) -> None:
     MPI.COMM_WORLD.Abort(1)
 
 
-def _all_ended(nodeid: str) -> bool:
+def _all_are_through(nodeid: str) -> bool:
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline:
-        if all(_has_ended(rank, nodeid) for rank in range(SIZE)):
+        if all(_is_through(rank, nodeid) for rank in range(SIZE)):
             return True
         time.sleep(0.05)
     return False
 
 
-def _has_ended(rank: int, nodeid: str) -> bool:
+def _is_through(rank: int, nodeid: str) -> bool:
     try:
         lines = (FOLDER / f"rank{rank}.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return False
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    return any(record["event"] == "end" and record["what"] == nodeid for record in records)
+    return any(record["event"] in OUTCOMES and record["what"] == nodeid for record in records)
