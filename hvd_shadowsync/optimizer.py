@@ -123,14 +123,15 @@ class ShadowSync:
         self._driver: Driver | None = None
         self._loaded: dict[str, Any] | None = None
         self._averaged = self._skip_average = False
-        self._closed = False
+        self._closed = self._paused = self._started = False
         self._comm = mpi.world() if communicator is None else communicator.dup()
         self._warmup = Warmup(self._comm, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
         self._groups = _group_sizes(optimizer)
         self._replica = self._make_replica()
         if self.size > 1:
             self._require_same(warmup_steps)
-            self._start_alike()
+            self._start()
+            self._started = False
         self._attach()
         _OPEN.add(self)
 
@@ -148,22 +149,30 @@ class ShadowSync:
 
     def pause(self) -> None:
         """Begin no more rounds on this rank; the others train on, and their next round waits for `resume`."""
-        if driver := self._begun():
-            driver.pause()
+        self._require_open("pause()")
+        self._paused = True
+        if self._driver is not None:
+            self._driver.pause()
 
     def resume(self) -> None:
         """Begin rounds again after `pause`."""
-        if driver := self._begun():
-            driver.resume()
+        self._require_open("resume()")
+        self._paused = False
+        if self._driver is not None:
+            self._driver.resume()
 
     def synchronize(self) -> None:
         """Make all replicas bit-identical: their mean, which becomes the anchor as well (collective).
 
         Call it before evaluation and before saving. Raises `ShadowSyncError` if the shadow thread failed.
         """
-        if driver := self._begun():
-            self._warmup.finish(self._replica.params)
-            driver.synchronize()
+        self._require_open("synchronize()")
+        if self.size > 1:
+            self._finish_warmup(leaving=False)
+            if self._warmup.left:
+                self._start_alike(self._warmup.root)
+            else:
+                self._begun().synchronize()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -172,7 +181,8 @@ class ShadowSync:
         Inside, the live weights and buffers are the mean; afterwards each rank has its own back. Needs one more copy
         of the weights meanwhile.
         """
-        if self._begun() is None:
+        self._require_open("averaged_weights()")
+        if self.size == 1:
             yield
             return
         own, integers = self._replica.empty(), self._replica.empty_integers()
@@ -198,7 +208,8 @@ class ShadowSync:
 
         Only what all ranks have by the same name and shape; a rank that has not stepped yet has none.
         """
-        if self._begun() is None:
+        self._require_open("average_optimizer_state()")
+        if self.size == 1:
             return
         found = name_state(self.optimizer, self._replica.params)
         everywhere = set.intersection(*map(set, self._comm.allgather_object([each.describe() for each in found])))
@@ -224,16 +235,20 @@ class ShadowSync:
 
         Of another algorithm's `state` the counters are taken over, with a warning.
         """
-        if driver := self._begun():
-            loaded = self._replica.empty()
-            self._replica.snapshot(loaded)
-            driver.synchronize()
-            self._replica.merge(loaded, Merge.ASSIGN)
-            self._loaded = state or None
-            self._start_alike()
-            driver.rounds.begin(self._replica)
-            self._recall(driver.rounds)
-            driver.restart()
+        self._require_open("load_state_dict()")
+        if self.size == 1:
+            return
+        loaded = self._replica.empty()
+        self._replica.snapshot(loaded)
+        if self._driver is not None:
+            self._driver.synchronize()
+        self._replica.merge(loaded, Merge.ASSIGN)
+        self._loaded = state or None
+        self._start()
+        if self._driver is not None:
+            self._driver.rounds.begin(self._replica)
+            self._recall(self._driver.rounds)
+            self._driver.restart()
 
     def close(self) -> None:
         """Take part until all ranks are here, merge the last result, detach (collective; idempotent).
@@ -242,9 +257,9 @@ class ShadowSync:
         """
         if self._closed:
             return
-        driver = self._begun()
-        if driver is not None:
-            self._warmup.finish(self._replica.params)
+        if self.size > 1:
+            self._finish_warmup(leaving=True)
+            driver = self._begun()
             driver.leave()
             driver.rounds.free()
         self._comm.free()
@@ -267,7 +282,8 @@ class ShadowSync:
 
     def average_gradients(self) -> None:
         """Average gradients now if the next step is one of the warm-up; nothing otherwise."""
-        if self._warming_up():
+        if self.size > 1 and self._warmup.left:
+            self._start_once()
             self._warmup.average(self._replica.params)
             self._averaged = True
 
@@ -310,9 +326,10 @@ class ShadowSync:
         atexit.unregister(self._close_at_exit)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._driver is None:
+        self._start_once()
+        if not self._warmup.left:
             self._begun()
-        if self._warmup.left and not self._skip_average:
+        elif not self._skip_average:
             if len(args) > 1 or kwargs.get("closure") is not None:
                 raise ValueError(
                     f"warmup_steps={self._warmup.left} are left, but step() got a closure, whose gradients cannot be "
@@ -323,15 +340,17 @@ class ShadowSync:
         self._averaged = False
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        driver = self._driver
-        assert driver is not None
         if self._groups != _group_sizes(optimizer):
             self._groups = _group_sizes(optimizer)
-            self._replica = driver.rounds.wanted_replica = self._make_replica()
-        if self._warmup.left:
+            self._replica = self._make_replica()
+            if self._driver is not None:
+                self._driver.rounds.wanted_replica = self._replica
+        if self._driver is None:
             self._metrics.steps += 1
+            if not self._warmup.left:
+                self._begun()
             return
-        driver.step_taken()
+        self._driver.step_taken()
         if self._pre_hook is not None:
             self._pre_hook.remove()
             self._pre_hook = None
@@ -357,16 +376,27 @@ class ShadowSync:
         lines = agree.describe_settings(settings) + agree.describe_tensors(tensors)
         agree.require_same(self._comm, lines + agree.describe_optimizer(self.optimizer))
 
-    def _start_alike(self) -> None:
-        """Give every rank the weights of rank 0, or check that they are the same (collective)."""
-        for replica in [self._replica, self._frozen()]:
-            if self._initial == "check":
+    def _start_once(self) -> None:
+        """Start at the first step: weights may be loaded until then (collective at its first call)."""
+        if not self._started:
+            self._start()
+
+    def _start(self) -> None:
+        """Begin with the weights of rank 0 everywhere, or check that they are the same (collective)."""
+        self._started = True
+        if self._initial == "check":
+            for replica in [self._replica, self._frozen()]:
                 agree.require_same_values(self._comm, replica.tensors)
-                continue
+        else:
+            self._start_alike(root=0)
+
+    def _start_alike(self, root: int) -> None:
+        """Give every rank the weights of rank `root` (collective)."""
+        for replica in [self._replica, self._frozen()]:
             flat, integers = replica.empty(), replica.empty_integers()
             replica.snapshot(flat)
             replica.snapshot_integers(integers)
-            self._poller.wait([self._comm.ibcast(flat), self._comm.ibcast(integers)])
+            self._poller.wait([self._comm.ibcast(flat, root), self._comm.ibcast(integers, root)])
             replica.merge(flat, Merge.ASSIGN)
             replica.assign_integers(integers)
 
@@ -376,19 +406,26 @@ class ShadowSync:
         rest = {} if self._model is None else self._model.state_dict(keep_vars=True)
         return Replica([], [NamedTensor(n, t) for n, t in rest.items() if isinstance(t, Tensor) and id(t) not in known])
 
-    def _begun(self) -> Driver | None:
-        """Return the driver, made at the first call: weights may be loaded until then. None at world size 1."""
-        self._require_open("this call")
-        if self._driver is None and self.size > 1:
-            self._start_alike()
+    def _finish_warmup(self, *, leaving: bool) -> None:
+        self._start_once()
+        self._warmup.finish(self._replica.params, leaving=leaving)
+
+    def _begun(self) -> Driver:
+        """Return the driver, made at the first step after the warm-up (collective at its first call)."""
+        if self._driver is None:
+            if self._warmup.steps:
+                self._start_alike(self._warmup.root)
             rounds = Rounds(self._comm.dup(), self._replica, self._options, self._metrics, self._poller)
             self._recall(rounds)
-            if self._options.foreground:
-                self._driver = Foreground(rounds, self._pacing, self._metrics)
-            else:
-                hogwild = self._apply == "hogwild"
-                self._driver = ShadowThread(rounds, self._pacing, self._metrics, hogwild=hogwild)
+            self._driver = self._make_driver(rounds)
+            if self._paused:
+                self._driver.pause()
         return self._driver
+
+    def _make_driver(self, rounds: Rounds) -> Driver:
+        if self._options.foreground:
+            return Foreground(rounds, self._pacing, self._metrics)
+        return ShadowThread(rounds, self._pacing, self._metrics, hogwild=self._apply == "hogwild")
 
     def _recall(self, rounds: Rounds) -> None:
         """Begin from the live weights and what was loaded (collective)."""
@@ -409,9 +446,6 @@ class ShadowSync:
         return self._driver.rounds.state_dict()
 
     # --- odds and ends ------------------------------------------------------------------------------------------------
-
-    def _warming_up(self) -> bool:
-        return self.size > 1 and self._warmup.left > 0
 
     def _require_open(self, call: str) -> None:
         if self._closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.reducers import OwnerMean
 from hvd_shadowsync.replica import NamedTensor
+
+
+class Part(IntEnum):
+    """What a rank's part in a step of the warm-up is."""
+
+    WAITS = 0
+    TRAINS = 1
+    LEAVES = 2
 
 
 class Warmup:
@@ -26,7 +35,9 @@ class Warmup:
         self._comm, self._poller = comm, poller
         self._mean = OwnerMean(comm, poller)
         self._sparse_as_dense = sparse_as_dense
-        self.left = steps
+        self.steps = self.left = steps
+        self.root = 0
+        """A rank whose weights have all steps of the warm-up so far."""
 
     @property
     def bytes_sent(self) -> int:
@@ -35,22 +46,26 @@ class Warmup:
 
     def average(self, params: Iterable[NamedTensor]) -> None:
         """Replace the gradients of `params` by their mean over the ranks that train; counts as one step."""
-        self._meet([each for each in params if each.tensor.requires_grad], trains=True)
+        self._meet([each for each in params if each.tensor.requires_grad], Part.TRAINS)
 
-    def finish(self, params: Iterable[NamedTensor]) -> None:
-        """Take part until the warm-up is over or no rank trains any more."""
-        trained = list(params)
-        while self.left and self._meet([each for each in trained if each.tensor.requires_grad], trains=False):
+    def finish(self, params: Iterable[NamedTensor], *, leaving: bool) -> None:
+        """Take part until the warm-up is over or no rank trains any more; it is over too where ranks leave then."""
+        trained = [each for each in params if each.tensor.requires_grad]
+        while self.left and self._meet(trained, Part.LEAVES if leaving else Part.WAITS):
             pass
 
-    def _meet(self, params: list[NamedTensor], *, trains: bool) -> bool:
+    def _meet(self, params: list[NamedTensor], part: Part) -> bool:
         present = torch.zeros(self._comm.size, 1 + len(params), dtype=torch.uint8)
-        own = torch.tensor([trains] + [trains and each.tensor.grad is not None for each in params], dtype=torch.uint8)
+        trains = part is Part.TRAINS
+        own = torch.tensor([part] + [trains and each.tensor.grad is not None for each in params], dtype=torch.uint8)
         self._poller.wait([self._comm.iallgather(own, present)])
-        weights = [float(value) for value in present[:, 0].tolist()]
-        if not any(weights):
+        parts = present[:, 0].tolist()
+        if Part.TRAINS not in parts:
+            self.left = 0 if Part.LEAVES in parts else self.left
             return False
         self.left -= 1
+        self.root = parts.index(Part.TRAINS)
+        weights = [float(each == Part.TRAINS) for each in parts]
         wanted = [each for each, used in zip(params, present[:, 1:].any(0).tolist(), strict=True) if used]
         self._average(wanted, weights, trains)
         return True

@@ -356,7 +356,7 @@ def next_communicator_number() -> int:
 @pytest.mark.parametrize("algorithm", [ModelAveraging(), BMUF(block_momentum=0.2), ElasticAveraging()], ids=str)
 def test_resumed_training_is_the_uninterrupted_one(comm: Communicator, algorithm: Algorithm) -> None:
     """At the same world size, in the foreground, from `state_dict()` of the optimizer and of the model."""
-    model, data = make_model(0), Data(comm.rank)
+    model, data = make_model(0, batch_norm=False), Data(comm.rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     options: dict[str, Any] = {"algorithm": algorithm, "sync_every": 3, "foreground": True}
     with ShadowSync(optimizer, model=model, **options) as sync:
@@ -364,7 +364,7 @@ def test_resumed_training_is_the_uninterrupted_one(comm: Communicator, algorithm
         sync.synchronize()
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), data))
         train(model, optimizer, data, 9)
-    again = make_model(5)
+    again = make_model(5, batch_norm=False)
     resumed = torch.optim.SGD(again.parameters(), lr=0.05)
     again.load_state_dict(saved[0])
     with ShadowSync(resumed, model=again, **options) as sync:

@@ -85,6 +85,15 @@ def test_initial_weights_that_differ_are_refused_on_request(comm: Communicator) 
             construct(make_model(comm.rank), initial_weights="check")
 
 
+def test_equal_initial_weights_with_batch_norm_train(comm: Communicator) -> None:
+    """The first forward pass moves the statistics of each rank its own way, before the first step."""
+    model = make_model(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with ShadowSync(optimizer, model=model, initial_weights="check", sync_every=1) as sync:
+        train(model, optimizer, Data(comm.rank), 5)
+        sync.synchronize()
+
+
 def test_a_refused_optimizer_is_as_before(comm: Communicator) -> None:
     """It can be wrapped again, and trains."""
     model = make_model(comm.rank)
