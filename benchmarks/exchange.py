@@ -90,7 +90,7 @@ def serve_until_all_are_done(comm: Communicator, serve: object) -> None:
     Poller().wait([comm.iallgather(torch.ones(1, dtype=torch.int64), votes)], meanwhile=serve)  # type: ignore[arg-type]
 
 
-class computing:  # noqa: N801
+class computing:
     """Inside, another thread of this process multiplies matrices."""
 
     def __init__(self, active: bool) -> None:

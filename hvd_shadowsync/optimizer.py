@@ -377,22 +377,25 @@ class ShadowSync:
         agree.require_same(self._comm, lines + agree.describe_optimizer(self.optimizer))
 
     def _start_once(self) -> None:
-        """Start at the first step: weights may be loaded until then (collective at its first call)."""
-        if not self._started:
-            self._start()
+        """Start at the first step: weights may be loaded until then (collective at its first call).
 
-    def _start(self) -> None:
+        Buffers are left alone: by then the first batch has gone into the batch-norm statistics of each rank.
+        """
+        if not self._started:
+            self._start(buffers=False)
+
+    def _start(self, *, buffers: bool = True) -> None:
         """Begin with the weights of rank 0 everywhere, or check that they are the same (collective)."""
         self._started = True
         if self._initial == "check":
-            for replica in [self._replica, self._frozen()]:
+            for replica in self._whole_model(buffers=buffers):
                 agree.require_same_values(self._comm, replica.tensors)
         else:
-            self._start_alike(root=0)
+            self._start_alike(root=0, buffers=buffers)
 
-    def _start_alike(self, root: int) -> None:
+    def _start_alike(self, root: int, *, buffers: bool = True) -> None:
         """Give every rank the weights of rank `root` (collective)."""
-        for replica in [self._replica, self._frozen()]:
+        for replica in self._whole_model(buffers=buffers):
             flat, integers = replica.empty(), replica.empty_integers()
             replica.snapshot(flat)
             replica.snapshot_integers(integers)
@@ -400,11 +403,15 @@ class ShadowSync:
             replica.merge(flat, Merge.ASSIGN)
             replica.assign_integers(integers)
 
-    def _frozen(self) -> Replica:
-        """The model's tensors that are not synchronised, but have to start alike."""
+    def _whole_model(self, *, buffers: bool) -> list[Replica]:
+        """Return what is synchronised, and what is not but has to start alike (frozen parameters, other buffers)."""
         known = {id(each.tensor) for each in self._replica.tensors + self._replica.integers}
-        rest = {} if self._model is None else self._model.state_dict(keep_vars=True)
-        return Replica([], [NamedTensor(n, t) for n, t in rest.items() if isinstance(t, Tensor) and id(t) not in known])
+        everything = {} if self._model is None else self._model.state_dict(keep_vars=True)
+        rest = [NamedTensor(n, t) for n, t in everything.items() if isinstance(t, Tensor) and id(t) not in known]
+        if buffers:
+            return [self._replica, Replica([], rest)]
+        frozen = [each for each in rest if isinstance(each.tensor, torch.nn.Parameter)]
+        return [Replica(self._replica.params), Replica([], frozen)]
 
     def _finish_warmup(self, *, leaving: bool) -> None:
         self._start_once()

@@ -101,11 +101,15 @@ class Rounds:
     # --- what the rounds start from ---------------------------------------------------------------------------------
 
     def begin(self, replica: Replica) -> None:
-        """Start anew from the live values of `replica`, which are the same on every rank."""
+        """Start anew from the live weights of `replica`, which are the same on every rank (collective).
+
+        Its buffers may differ already; rank 0's are what all ranks reckon from.
+        """
         with self.lock:
             self.replica = self.wanted_replica = replica
             self._allocate()
             replica.snapshot(self._snapshot)
+            self._poller.wait([self._comm.ibcast(self._snapshot)])
             self._set_anchor(self._snapshot)
 
     def _allocate(self) -> None:

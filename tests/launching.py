@@ -107,7 +107,8 @@ class Outcome:
         failed = [f"[rank {each['rank']}] {each['what']}\n{each['text']}" for each in self.events("failed")]
         if self.verdict or failed or self.code != 0 or self.left_over:
             said = "\n\n".join(failed) or _last(self.text)
-            pytest.fail(f"{self.verdict or f'exit code {self.code}'}, left over: {self.left_over}\n{said}", pytrace=False)
+            ended = self.verdict or f"exit code {self.code}"
+            pytest.fail(f"{ended}, left over: {self.left_over}\n{said}", pytrace=False)
         return self
 
     def results(self) -> dict[str, dict[int, str]]:
@@ -268,6 +269,14 @@ class Job:
             MARK: self.mark,
             **additions,
         }
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether process `pid` is there, and not merely waiting for somebody to read its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, ProcessLookupError):
+        return False
 
 
 def _last(text: str, lines: int = 60) -> str:

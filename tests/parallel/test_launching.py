@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ONE_HOST, launch, launch_suite, mpirun
+from launching import ONE_HOST, is_running, launch, launch_suite, mpirun
 
 HANGS = """
 import ranks
@@ -52,7 +52,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path: Path) -> None:
     assert "wait_for_what_never_comes" in outcome.verdict
     pids = [each["pid"] for each in outcome.events("reached")]
     assert len(pids) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(is_running(pid) for pid in pids)
     with pytest.raises(pytest.fail.Exception, match="rank 1, "):
         outcome.require_success()
 

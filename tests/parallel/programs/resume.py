@@ -1,4 +1,4 @@
-"""Train, and save or load on the way: resume.py [--load FILE] [--save FILE] [--algorithm NAME]; started by test_resume."""
+"""Train, and save or load on the way: resume.py [--load FILE] [--save FILE] [--algorithm NAME]."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def construct(
 
 
 def wider() -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Linear(6, 13), torch.nn.BatchNorm1d(13), torch.nn.Tanh(), torch.nn.Linear(13, 1))
+    layers = [torch.nn.Linear(6, 13), torch.nn.BatchNorm1d(13), torch.nn.Tanh(), torch.nn.Linear(13, 1)]
+    return torch.nn.Sequential(*layers)
 
 
 def double() -> torch.nn.Module:
