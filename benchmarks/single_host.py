@@ -183,7 +183,7 @@ def make_rounds(optimizer: torch.optim.Optimizer, sync: ShadowSync, count: int) 
     target = sync.metrics()["rounds"] + count
     while sync.metrics()["rounds"] < target:
         optimizer.step()
-        time.sleep(0.001)
+        time.sleep(0.01)
     sync.synchronize()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,7 @@ class Replica:
         self.segments = _lay_out(self.tensors)
         self.num_weights = sum(each.numel for each in self.params)
         self.numel = self.segments[-1].stop if self.segments else 0
+        self._starts = [segment.start for segment in self.segments]
         self.pinned = any(each.tensor.is_cuda for each in self.tensors)
         self._stream = torch.cuda.Stream() if self.pinned else None  # type: ignore[no-untyped-call]
         self._training_stream = torch.cuda.current_stream() if self.pinned else None
@@ -100,6 +102,20 @@ class Replica:
             self._stream.wait_stream(self._training_stream)
             self._copy_live(out)
         self._stream.synchronize()
+
+    def snapshot_part(self, out: Tensor, part: slice) -> None:
+        """Copy the live values of `part` into that part of the flat vector `out`; for tensors on the CPU.
+
+        The parts are asked for in order: a tensor that is not contiguous is copied as a whole with its first element.
+        """
+        first = bisect.bisect_right(self._starts, part.start) - 1
+        for index in range(max(first, 0), bisect.bisect_left(self._starts, part.stop)):
+            segment, live = self.segments[index], self.tensors[index].live()
+            if live.is_contiguous():
+                start, stop = max(segment.start, part.start), min(segment.stop, part.stop)
+                out[start:stop].copy_(live.view(-1)[start - segment.start : stop - segment.start])
+            elif segment.start >= part.start:
+                out[segment.start : segment.stop].view(live.shape).copy_(live)
 
     def snapshot_integers(self, out: Tensor) -> None:
         """Copy the integer buffers into `out`."""

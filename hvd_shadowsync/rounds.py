@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ReplicaMismatchError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reducers import AllReduceMean, ElasticCenter, ElasticInTurn, OwnerMean, Reducer
+from hvd_shadowsync.reducers.base import Fill, as_it_is
 from hvd_shadowsync.replica import Merge, Replica
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,9 @@ logger = logging.getLogger(__name__)
 SETTLED = 0.01
 MISMATCH_TIMEOUT_S = 30.0
 SAMPLE = 256
-DISTANCE_SAMPLE = 1 << 14
+DISTANCE_SAMPLE = 1 << 12
 STATE_CHUNK = 1 << 18
+VOTING = Poller(spin_s=0.0)  # the others may be far from their votes
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ class Staged:
 
     def merge(self, *, hogwild: bool = False) -> float:
         """Bring the result into the live tensors; return the share of in-flight progress that is left (nan if none)."""
-        before = _sample(self.replica) if self.sample is not None else None
+        count = 0 if self.sample is None else self.sample.numel()
+        before = _first_values(self.replica, count)
         self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild)
         self.replica.assign_integers(self.integers)
-        if self.sample is None or before is None:
+        if self.sample is None:
             return math.nan
-        staged = self.vector[: self.sample.numel()]
+        staged = self.vector[:count]
         undisturbed = self.sample + (staged if self.how is Merge.ADD else self.alpha * (staged - self.sample))
         progress = (before - self.sample).double()
-        kept = (_sample(self.replica) - undisturbed).double()
+        kept = (_first_values(self.replica, count) - undisturbed).double()
         norm = float(progress @ progress)
         return float(kept @ progress) / norm if norm > 0 else math.nan
 
@@ -178,15 +182,17 @@ class Rounds:
 
     def _vote(self, own: Ballot) -> ballot.Count:
         votes = torch.empty(self._comm.size, ballot.NUM_FIELDS, dtype=torch.int64)
-        self._poller.wait([self._comm.iallgather(own.encode(), votes)], meanwhile=self.serve if self.serves else None)
+        VOTING.wait([self._comm.iallgather(own.encode(), votes)], meanwhile=self.serve if self.serves else None)
         return ballot.count(votes, self.replica.fingerprint)
 
     def _round(self, weights: tuple[float, ...]) -> Staged:
         begun, sent = time.monotonic(), self._reducer.bytes_sent
-        self._take_snapshot()
-        sample = self._snapshot[:SAMPLE].clone()
+        fill = self._begin_snapshot()
+        sample: Tensor | None = None
         squared = [0.0, 0.0]
-        for part, reduced in self._reducer.reduce(self._snapshot, weights):
+        for part, reduced in self._reducer.reduce(self._snapshot, weights, fill):
+            if part.start == 0:
+                sample = self._snapshot[: min(SAMPLE, part.stop)].clone()
             for piece, values in self._weights_and_buffers(part, reduced):
                 anchor = self._update(piece, values)
                 self._stage(piece, anchor, squared)
@@ -195,11 +201,23 @@ class Rounds:
             self._metrics.bytes_sent += self._reducer.bytes_sent - sent
             self._metrics.distance = math.sqrt(squared[0] / squared[1]) if squared[1] > 0 else math.nan
         how = Merge.ADD if self._options.merge == "delta" else Merge.PULL
-        return self._staged(how, Verdict.ROUND, sample if sample.numel() else None)
+        return self._staged(how, Verdict.ROUND, sample)
+
+    def _begin_snapshot(self) -> Fill:
+        """Take the snapshot, or leave it to the reducer to take each slice just before it is on the wire."""
+        if not self._reducer.sliced or self.replica.pinned:
+            self._take_snapshot()
+            return as_it_is
+        self._steps = self._metrics.steps
+        self._take_integers()
+        return partial(self.replica.snapshot_part, self._snapshot)
 
     def _take_snapshot(self) -> None:
         self._steps = self._metrics.steps
         self.replica.snapshot(self._snapshot)
+        self._take_integers()
+
+    def _take_integers(self) -> None:
         self.replica.snapshot_integers(self._integers)
         if self._integers.numel() and not self.serves:
             self._poller.wait([self._comm.ibcast(self._integers)])
@@ -330,13 +348,12 @@ class Rounds:
             self._metrics.restore(saved["counters"])
 
 
-def _sample(replica: Replica) -> Tensor:
-    """Return the first weights as they are now."""
-    count = min(SAMPLE, replica.numel)
+def _first_values(replica: Replica, count: int) -> Tensor:
+    """Return the first `count` weights as they are now."""
     heads, have = [], 0
     for each in replica.tensors:
         if have >= count:
             break
         heads.append(each.live().reshape(-1)[: count - have].to("cpu", replica.dtype))
         have += heads[-1].numel()
-    return torch.cat(heads)
+    return torch.cat(heads) if heads else torch.empty(0)

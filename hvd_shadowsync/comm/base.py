@@ -39,8 +39,8 @@ class Communicator(ABC):
     """Whether each rank is a process, which has to take part until the end of the job."""
 
     @abstractmethod
-    def iallreduce(self, tensor: Tensor) -> Request:
-        """Replace `tensor` by the element-wise sum over the ranks; float32, float64 or int64."""
+    def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
+        """Sum `send` over the ranks, element by element, into `recv`, or in place; float32, float64 or int64."""
 
     @abstractmethod
     def iallgather(self, send: Tensor, recv: Tensor) -> Request:

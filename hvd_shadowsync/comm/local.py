@@ -140,15 +140,15 @@ class LocalCommunicator(Communicator):
         self._numbers = itertools.count()
         self._duplicates = itertools.count()
 
-    def iallreduce(self, tensor: Tensor) -> Request:
+    def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         """See `Communicator.iallreduce`."""
 
-        def combine(tensors: dict[int, Tensor]) -> None:
-            total = torch.stack([tensors[rank] for rank in range(self.size)]).sum(0)
-            for each in tensors.values():
-                each.copy_(total)
+        def combine(buffers: dict[int, tuple[Tensor, Tensor]]) -> None:
+            total = torch.stack([buffers[rank][0] for rank in range(self.size)]).sum(0)
+            for _, target in buffers.values():
+                target.copy_(total)
 
-        return self._join("iallreduce", tensor, combine)
+        return self._join("iallreduce", (send, send if recv is None else recv), combine)
 
     def iallgather(self, send: Tensor, recv: Tensor) -> Request:
         """See `Communicator.iallgather`."""

@@ -134,10 +134,12 @@ class MpiCommunicator(Communicator):
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
 
-    def iallreduce(self, tensor: Tensor) -> Request:
+    def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         """See `Communicator.iallreduce`."""
-        buffer = [tensor.detach().numpy(), getattr(self._mpi, MPI_TYPES[tensor.dtype])]
-        return _MpiRequest(self._comm.Iallreduce(self._mpi.IN_PLACE, buffer, self._mpi.SUM), tensor)
+        kind = getattr(self._mpi, MPI_TYPES[send.dtype])
+        into = [(send if recv is None else recv).detach().numpy(), kind]
+        out = self._mpi.IN_PLACE if recv is None else [send.detach().numpy(), kind]
+        return _MpiRequest(self._comm.Iallreduce(out, into, self._mpi.SUM), out, into)
 
     def iallgather(self, send: Tensor, recv: Tensor) -> Request:
         """See `Communicator.iallgather`."""

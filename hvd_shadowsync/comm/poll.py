@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,15 +17,19 @@ class Poller:
     """Polls until requests are complete: eagerly at first, then with pauses that grow.
 
     MPI makes progress only inside MPI calls, so somebody has to poll; a pause between polls gives the core to the
-    training thread. The pauses start anew whenever a request completes or `meanwhile` did something.
+    training thread. The pauses start anew whenever `meanwhile` did something.
 
     Attributes:
-        eager: polls without a pause (only the interpreter lock is let go) before the first pause.
+        spin_s: how long `wait` polls without a pause (only the interpreter lock is let go), seconds. The default is
+            longer than the shortest pause lasts in practice (0.2 ms): were it shorter, two ranks of one host could go
+            on sleeping past each other, each waiting for a message that the other has to wake up for.
+        eager: polls without a pause after that.
         shortest_s: first pause, seconds.
         longest_s: longest pause, seconds.
         growth: factor from one pause to the next.
     """
 
+    spin_s: float = 0.0003
     eager: int = 16
     shortest_s: float = 0.0001
     longest_s: float = 0.001
@@ -33,15 +38,19 @@ class Poller:
     def wait(self, requests: Iterable[Request], meanwhile: Callable[[], bool] | None = None) -> None:
         """Return when all requests are complete; `meanwhile` runs between polls and returns whether it did work."""
         pending = list(requests)
+        patient = time.perf_counter() + self.spin_s
         polls = 0
         while pending := self._incomplete(pending):
             worked = meanwhile() if meanwhile is not None else False
-            polls = 0 if worked else polls + 1
+            polls = 0 if worked or time.perf_counter() < patient else polls + 1
             self.pause(polls)
 
     def pause(self, polls: int) -> None:
         """Sleep as long as is right after `polls` polls in a row that found nothing."""
-        time.sleep(self.pause_s(polls))
+        if seconds := self.pause_s(polls):
+            time.sleep(seconds)
+        else:
+            os.sched_yield()  # sleep(0) waits for a timer interrupt: some 90 us on virtual machines
 
     def pause_s(self, polls: int) -> float:
         """Return how long to sleep after `polls` polls in a row that found nothing, seconds."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 20
 
 Slices = Iterator[tuple[slice, Tensor]]
+Fill = Callable[[slice], None]
+
+
+def as_it_is(part: slice) -> None:
+    """Fill nothing in: the snapshot was taken as a whole."""
 
 
 class Reducer(ABC):
@@ -22,9 +27,15 @@ class Reducer(ABC):
     bytes_sent = 0
     """What this rank has put on the wire so far, bytes (as the reduction's algorithm has it; local copies left out)."""
 
+    sliced = False
+    """Whether `reduce` asks for the snapshot slice by slice."""
+
     @abstractmethod
-    def reduce(self, snapshot: Tensor, weights: Sequence[float]) -> Slices:
-        """Reduce the flat `snapshot`; `weights[r]` is how much rank r counts, the same list on every rank."""
+    def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
+        """Reduce the flat `snapshot`; `weights[r]` is how much rank r counts, the same list on every rank.
+
+        With `sliced`, `fill` is called with a slice before it is read: it may take that part of the snapshot only then.
+        """
 
     def rebase(self, anchor: Tensor) -> None:  # noqa: B027 (most reducers remember nothing)
         """Take note that all replicas stand at `anchor` (flat, bit-identical on every rank)."""

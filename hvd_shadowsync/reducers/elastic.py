@@ -10,7 +10,7 @@ from torch import Tensor
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
-from hvd_shadowsync.reducers.base import CHUNK_BYTES, Reducer, Shards, Slices, pack
+from hvd_shadowsync.reducers.base import CHUNK_BYTES, Fill, Reducer, Shards, Slices, as_it_is, pack
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(center, replica) -> (center after the exchange, answer to the replica)."""
@@ -70,7 +70,7 @@ class ElasticCenter(Reducer):
         """Set this rank's shard of the center to its part of `anchor`."""
         self.center.copy_(anchor[self.own])
 
-    def reduce(self, snapshot: Tensor, weights: Sequence[float]) -> Slices:
+    def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """Exchange `snapshot` with the center; yield the center's answers. `weights` do not matter here."""
         theirs = [
             (owner, tag, snapshot[piece]) for tag, (owner, piece) in enumerate(self._pieces) if owner != self._rank
@@ -136,7 +136,7 @@ class ElasticInTurn(Reducer):
         """Set this rank's shard of the center to its part of `anchor`."""
         self.center.copy_(anchor[self.own])
 
-    def reduce(self, snapshot: Tensor, weights: Sequence[float]) -> Slices:
+    def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """Exchange all snapshots with the center, rank after rank; ranks of weight 0 only look."""
         for rows in self._shards.blocks(max(1, self._chunk_bytes // snapshot.element_size())):
             outgoing = pack(rows, [snapshot[part] for part in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.reducers.base import CHUNK_BYTES, Reducer, Shards, Slices, pack
+from hvd_shadowsync.reducers.base import CHUNK_BYTES, Fill, Reducer, Shards, Slices, as_it_is, pack
 
-IN_FLIGHT = 3
+IN_FLIGHT = 2
 
 
 class AllReduceMean(Reducer):
@@ -21,38 +22,48 @@ class AllReduceMean(Reducer):
     Args:
         comm: used by this reducer alone.
         poller: how to wait.
-        chunk_bytes: size of a chunk; default 1 MiB, which stays in a core's cache between its copies and its sum.
-        in_flight: chunks under way at a time; default 3.
+        chunk_bytes: size of a chunk; default 1 MiB, which stays in a core's cache between its sum and its update.
+        in_flight: chunks under way at a time; default 2.
     """
+
+    sliced = True
 
     def __init__(
         self, comm: Communicator, poller: Poller, *, chunk_bytes: int = CHUNK_BYTES, in_flight: int = IN_FLIGHT
     ) -> None:
         self._comm, self._poller = comm, poller
         self._chunk_bytes, self._in_flight = chunk_bytes, in_flight
+        self._free: list[Tensor] = []
 
-    def reduce(self, snapshot: Tensor, weights: Sequence[float]) -> Slices:
+    def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
-        share = weights[self._comm.rank] / sum(weights)
-        chunk = max(1, self._chunk_bytes // snapshot.element_size())
-        free = [snapshot.new_empty(min(chunk, snapshot.numel())) for _ in range(self._in_flight)]
+        own, total = weights[self._comm.rank], sum(weights)
+        chunk = max(1, min(self._chunk_bytes // snapshot.element_size(), snapshot.numel()))
         flying: deque[tuple[slice, Tensor, Request]] = deque()
         for start in range(0, snapshot.numel(), chunk):
-            if not free:
-                yield from self._land(flying, free)
+            if len(flying) == self._in_flight:
+                yield from self._land(flying, total)
             part = slice(start, min(start + chunk, snapshot.numel()))
-            buffer = free.pop()
-            values = torch.mul(snapshot[part], share, out=buffer[: part.stop - part.start])
-            flying.append((part, values, self._comm.iallreduce(values)))
-            self.bytes_sent += 2 * (self._comm.size - 1) * values.nbytes // self._comm.size
+            fill(part)
+            flying.append((part, *self._post(snapshot[part], own, chunk)))
         while flying:
-            yield from self._land(flying, free)
+            yield from self._land(flying, total)
 
-    def _land(self, flying: deque[tuple[slice, Tensor, Request]], free: list[Tensor]) -> Slices:
+    def _post(self, values: Tensor, weight: float, chunk: int) -> tuple[Tensor, Request]:
+        buffer = self._free.pop() if self._free else values.new_empty(chunk)
+        into = buffer[: values.numel()]
+        self.bytes_sent += 2 * (self._comm.size - 1) * values.nbytes // self._comm.size
+        if weight == 1:
+            return into, self._comm.iallreduce(values, into)
+        torch.mul(values, weight, out=into)
+        return into, self._comm.iallreduce(into)
+
+    def _land(self, flying: deque[tuple[slice, Tensor, Request]], total: float) -> Slices:
         part, values, request = flying.popleft()
         self._poller.wait([request])
-        yield part, values
-        free.append(_whole(values))
+        exact = math.frexp(total)[0] == 0.5  # a power of two: its reciprocal gives the same, faster
+        yield part, values.mul_(1 / total) if exact else values.div_(total)
+        self._free.append(_whole(values))
 
 
 class OwnerMean(Reducer):
@@ -88,7 +99,7 @@ class OwnerMean(Reducer):
         if self._wire_dtype is not None:
             self._reference = anchor.clone()
 
-    def reduce(self, snapshot: Tensor, weights: Sequence[float]) -> Slices:
+    def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
         shards = Shards(snapshot.numel(), self._comm.size)
         flying: deque[tuple[list[slice], Tensor, Request]] = deque()
