@@ -33,7 +33,7 @@ MISMATCH_TIMEOUT_S = 30.0
 SAMPLE = 256
 DISTANCE_SAMPLE = 1 << 12
 STATE_CHUNK = 1 << 18
-VOTING = Poller(spin_s=0.0)  # the others may be far from their votes
+VOTING = Poller(spin_s=0.0, growth=1.1)  # the others may be far from their votes
 
 
 @dataclass(frozen=True)
