@@ -39,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sync-interval-ms", type=float, metavar="MS", help="of --sync shadow: start a round every so many ms")
     add("--cpu-budget", type=float, metavar="SHARE", help="of --sync shadow: core share of the communicator thread")
     add("--data", nargs="+", default=["flights"], metavar="NAME", help="flights, or criteo PATH [TEST_PATH]")
+    add("--validate", action="store_true", help="flights: train nine months, test on October (to choose settings)")
     add("--test-fraction", type=float, default=0.1, help="criteo: the last rows held out where there is no TEST_PATH")
     add("--buckets", type=int, default=10_000, help="criteo: rows of each hashed embedding table")
     add("--batch-size", type=int, default=256, help="rows per rank and step")
@@ -51,6 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data[0] not in ("flights", "criteo") or len(args.data) > (1 if args.data[0] == "flights" else 3):
         parser.error(f"--data {' '.join(args.data)}: expected flights, or criteo PATH [TEST_PATH]")
+    if args.validate and args.data[0] != "flights":
+        parser.error("--validate belongs to --data flights; with criteo give TEST_PATH or --test-fraction")
     if args.data == ["criteo"]:
         parser.error("--data criteo: expected the path of a Criteo file or folder after it")
     for name in (
@@ -70,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def open_data(args: argparse.Namespace) -> flights.Flights | criteo.Criteo:
     if args.data[0] == "flights":
-        return flights.load()
+        return flights.load(validate=args.validate)
     paths = [Path(path) for path in args.data[1:]]
     return criteo.Criteo.open(*paths, test_fraction=args.test_fraction, num_buckets=args.buckets)
 

@@ -6,10 +6,13 @@ tune_environment()
 
 from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402
 from hvd_shadowsync.broadcast import broadcast_optimizer_state, broadcast_parameters  # noqa: E402
+from hvd_shadowsync.comm.mpi import end_job_on_exception  # noqa: E402
 from hvd_shadowsync.distributed import DistributedOptimizer  # noqa: E402
 from hvd_shadowsync.errors import CheckpointError, ReplicaMismatchError, ShadowSyncError, TransportError  # noqa: E402
 from hvd_shadowsync.metrics import JsonLinesWriter, TensorBoardWriter  # noqa: E402
 from hvd_shadowsync.optimizer import ShadowSync  # noqa: E402
+
+end_job_on_exception()
 
 __all__ = [
     "BMUF",

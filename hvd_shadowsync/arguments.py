@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
+from hvd_shadowsync.checks import choice
 from hvd_shadowsync.replica import MERGES
 from hvd_shadowsync.rounds import RoundOptions
 
@@ -43,13 +43,6 @@ def round_options(
     if wire_dtype not in WIRE_DTYPES:
         raise ValueError(f"wire_dtype={wire_dtype!r} is not supported; give torch.float16, torch.bfloat16 or None")
     return RoundOptions(algorithm, merge, wire_dtype, bool(foreground))
-
-
-def choice(name: str, value: str, known: Sequence[str]) -> str:
-    """Return `value` of the argument `name` if it is among the `known` ones."""
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; give one of {', '.join(map(repr, known))}")
-    return value
 
 
 def check_combinations(options: RoundOptions, apply: str, sync_every: int | None) -> None:

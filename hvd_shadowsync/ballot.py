@@ -13,17 +13,28 @@ class Intent(IntEnum):
     """What a rank's training thread is about."""
 
     TRAIN = 0
-    CONSOLIDATE = 1  # waits in synchronize()
-    LEAVE = 2  # waits in close(), or is gone
+    MEET = 1  # waits in a collective call that leaves the replicas alone: gather(), metrics(merged=True)
+    CONSOLIDATE = 2  # waits in synchronize()
+    LEAVE = 3  # waits in close(), or is gone
+
+
+CALLS = {
+    Intent.TRAIN: "training",
+    Intent.MEET: "a collective call such as metrics(merged=True)",
+    Intent.CONSOLIDATE: "synchronize()",
+    Intent.LEAVE: "close()",
+}
 
 
 class Verdict(Enum):
     """What all ranks do next."""
 
     ROUND = "a round of the algorithm"
+    MEET = "all ranks are in the call"
     CONSOLIDATE = "all replicas become their mean"
     REGROUP = "the replicas have new parameters; lay the vectors out anew"
     MISMATCH = "the replicas differ in their parameters for the moment; nothing is exchanged"
+    CONFLICT = "the ranks wait for one another in calls that do not go together"
     STOP = "all ranks leave"
 
 
@@ -35,20 +46,18 @@ class Ballot:
         intent: what its training thread is about.
         counts: whether its replica counts in the mean; False once a rank has nothing new to contribute.
         layout: fingerprint of its replica's names, shapes and dtypes, non-negative.
-        steps: training steps it has made.
     """
 
     intent: Intent
     counts: bool
     layout: int
-    steps: int
 
     def encode(self) -> Tensor:
         """Return the ballot as a vector, int64."""
-        return torch.tensor([self.intent, self.counts, self.layout, self.steps], dtype=torch.int64)
+        return torch.tensor([self.intent, self.counts, self.layout], dtype=torch.int64)
 
 
-NUM_FIELDS = 4
+NUM_FIELDS = 3
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,14 @@ class Count:
 
     verdict: Verdict
     weights: tuple[float, ...]
-    steps: tuple[int, ...]
+    intents: tuple[Intent, ...]
 
 
 def count(votes: Tensor, agreed_layout: int) -> Count:
-    """Return what follows from `votes`, int64 of shape (size, 4), where the last rounds had `agreed_layout`."""
-    intents, counts, layouts, steps = votes.T.tolist()
+    """Return what follows from `votes`, int64 of shape (size, 3), where the last rounds had `agreed_layout`."""
+    intents, counts, layouts = votes.T.tolist()
     weights = tuple(map(float, counts)) if any(counts) else (1.0,) * len(counts)
-    return Count(_verdict(set(intents), set(layouts), agreed_layout), weights, tuple(steps))
+    return Count(_verdict(set(intents), set(layouts), agreed_layout), weights, tuple(map(Intent, intents)))
 
 
 def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:
@@ -74,4 +83,8 @@ def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdic
         return Verdict.MISMATCH
     if layouts != {agreed_layout}:
         return Verdict.REGROUP
-    return Verdict.ROUND if Intent.TRAIN in intents else Verdict.CONSOLIDATE
+    if Intent.TRAIN in intents:
+        return Verdict.ROUND
+    if Intent.MEET in intents:
+        return Verdict.MEET if intents == {Intent.MEET} else Verdict.CONFLICT
+    return Verdict.CONSOLIDATE

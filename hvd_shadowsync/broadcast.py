@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,26 +58,35 @@ def broadcast_optimizer_state(
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer")
     with _Borrowed(communicator) as comm:
         comm.check_root(root_rank)
-        leaves, structure = pytree.tree_flatten(optimizer.state_dict())
-        plan = [_Blank(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        state = optimizer.state_dict()
         sizes = comm.allgather_object([len(group["params"]) for group in optimizer.param_groups])
         if any(size != sizes[0] for size in sizes):
             raise ReplicaMismatchError(f"parameters per group differ between ranks: {sizes}; build the same optimizer")
-        plan, structure = comm.allgather_object((plan, structure) if comm.rank == root_rank else None)[root_rank]
+        plan = pytree.tree_map(_blank, state) if comm.rank == root_rank else None
+        plan = comm.allgather_object(plan)[root_rank]
         if comm.rank != root_rank:
-            leaves = [torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, _Blank) else leaf for leaf in plan]
-        for leaf in leaves:
+            state = pytree.tree_map(_filled, plan)
+        for leaf in pytree.tree_leaves(state):
             if isinstance(leaf, Tensor):
                 comm.broadcast(leaf, root_rank)
         if comm.rank != root_rank:
-            optimizer.load_state_dict(pytree.tree_unflatten(leaves, structure))
+            optimizer.load_state_dict(state)
 
 
+@dataclass(frozen=True)
 class _Blank:
     """Stands for a tensor whose values follow."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _blank(leaf: Any) -> Any:
+    return _Blank(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _filled(leaf: Any) -> Any:
+    return torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, _Blank) else leaf
 
 
 class _Borrowed:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hvd_shadowsync.algorithms import Algorithm
+from hvd_shadowsync.checks import check_count
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.optimizer import ShadowSync
-from hvd_shadowsync.pacing import check_count
 
 AVERAGE = 0  # horovod.torch.Average
 WIRE_DTYPES = {"NoneCompressor": None, "FP16Compressor": torch.float16}
@@ -70,8 +70,7 @@ def DistributedOptimizer(
     Raises:
         TypeError, ValueError, TransportError, ReplicaMismatchError: as `ShadowSync`.
     """
-    if end_job_on_exception:
-        mpi.end_job_on_exception()
+    mpi.end_job_on_exception(end_job_on_exception)
     check_count("backward_passes_per_step", backward_passes_per_step, least=1)
     if op != AVERAGE:
         raise ValueError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,13 +18,14 @@ from torch import Tensor
 from hvd_shadowsync import agree, arguments
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.average import average_in_place
+from hvd_shadowsync.checks import check_count, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
-from hvd_shadowsync.pacing import Pacing, check_count
+from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.reducers import OwnerMean
 from hvd_shadowsync.replica import Merge, NamedTensor, Replica
 from hvd_shadowsync.rounds import Rounds
@@ -35,14 +38,15 @@ APPLIES = ("boundary", "hogwild")
 INITIALS = ("broadcast", "check")
 STATE_KEY = "shadow_sync"
 
-_OPEN: weakref.WeakSet[ShadowSync] = weakref.WeakSet()
+_OPEN: weakref.WeakValueDictionary[int, ShadowSync] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 class ShadowSync:
     """Keeps the replicas of a model together in the background while each rank trains its own.
 
     The optimizer stays the user's own object: its step hooks trigger rounds and merge their results, nothing else of
-    it changes. All ranks construct their handles in the same order; at world size 1 there is no thread, no MPI
+    it changes. All ranks construct and close their handles in the same order; at world size 1 there is no thread, no MPI
     traffic, and training is bit-identical to training without a handle.
 
     All methods are for the training thread. `synchronize`, `averaged_weights`, `state_dict`, `load_state_dict`,
@@ -103,13 +107,12 @@ class ShadowSync:
         communicator: Communicator | None = None,
         end_job_on_exception: bool = True,
     ) -> None:
-        if end_job_on_exception and communicator is None:
-            mpi.end_job_on_exception()
+        mpi.end_job_on_exception(end_job_on_exception)
         arguments.check_optimizer(optimizer)
         self._options = arguments.round_options(algorithm, merge, wire_dtype, foreground)
         self._pacing = Pacing(sync_every, sync_interval_ms, cpu_budget)
-        self._apply = arguments.choice("apply", apply, APPLIES)
-        self._initial = arguments.choice("initial_weights", initial_weights, INITIALS)
+        self._apply = choice("apply", apply, APPLIES)
+        self._initial = choice("initial_weights", initial_weights, INITIALS)
         check_count("warmup_steps", warmup_steps, least=0)
         arguments.check_combinations(self._options, apply, sync_every)
         if sync_buffers and model is None:
@@ -124,6 +127,8 @@ class ShadowSync:
         self._loaded: dict[str, Any] | None = None
         self._averaged = self._skip_average = False
         self._closed = self._paused = self._started = False
+        self._number, self._owner = next(_NUMBERS), threading.current_thread()
+        self._end_job = end_job_on_exception
         self._comm = mpi.world() if communicator is None else communicator.dup()
         self._warmup = Warmup(self._comm, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
         self._groups = _group_sizes(optimizer)
@@ -133,7 +138,7 @@ class ShadowSync:
             self._start()
             self._started = False
         self._attach()
-        _OPEN.add(self)
+        _OPEN[self._number] = self
 
     # --- what a user asks for -----------------------------------------------------------------------------------------
 
@@ -185,6 +190,7 @@ class ShadowSync:
         if self.size == 1:
             yield
             return
+        self._meet()
         own, integers = self._replica.empty(), self._replica.empty_integers()
         self._replica.snapshot(own)
         self._replica.snapshot_integers(integers)
@@ -197,11 +203,11 @@ class ShadowSync:
 
     def metrics(self, *, merged: bool = False) -> dict[str, float]:
         """Return what `metrics.RoundMetrics` documents, of this rank or, collectively, of all (`merged=True`)."""
-        own = self._metrics.snapshot()
-        if merged and self.size > 1:
-            self._require_open("metrics(merged=True)")
-            return merge(self._comm.allgather_object(own))
-        return own
+        if not merged or self.size == 1:
+            return self._metrics.snapshot()
+        self._require_open("metrics(merged=True)")
+        self._meet()
+        return merge(self._comm.allgather_object(self._metrics.snapshot()))
 
     def average_optimizer_state(self) -> None:
         """Replace floating-point optimizer state (momenta, sums of squares) by its mean over the ranks (collective).
@@ -211,6 +217,7 @@ class ShadowSync:
         self._require_open("average_optimizer_state()")
         if self.size == 1:
             return
+        self._meet()
         found = name_state(self.optimizer, self._replica.params)
         everywhere = set.intersection(*map(set, self._comm.allgather_object([each.describe() for each in found])))
         shared = [each for each in found if each.describe() in everywhere]
@@ -219,7 +226,10 @@ class ShadowSync:
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value`, by rank (collective; pickles)."""
         self._require_open("gather")
-        return list(self._comm.allgather_object(value)) if self.size > 1 else [value]
+        if self.size == 1:
+            return [value]
+        self._meet()
+        return list(self._comm.allgather_object(value))
 
     def state_dict(self) -> dict[str, Any]:
         """Consolidate, then return everything that rounds remember, by parameter name (collective).
@@ -257,14 +267,18 @@ class ShadowSync:
         """
         if self._closed:
             return
-        if self.size > 1:
-            self._finish_warmup(leaving=True)
-            driver = self._begun()
-            driver.leave()
-            driver.rounds.free()
-        self._comm.free()
-        self._detach()
-        _OPEN.discard(self)
+        try:
+            if self.size > 1:
+                self._finish_warmup(leaving=True)
+                driver = self._begun()
+                driver.leave()
+                driver.rounds.free()
+            self._comm.free()
+        except BaseException:
+            atexit.register(self._end_job_of_ranks)
+            raise
+        finally:
+            self._detach()
 
     def __enter__(self) -> ShadowSync:
         return self
@@ -283,7 +297,8 @@ class ShadowSync:
     def average_gradients(self) -> None:
         """Average gradients now if the next step is one of the warm-up; nothing otherwise."""
         if self.size > 1 and self._warmup.left:
-            self._start_once()
+            self._notice_new_parameters()
+            self._get_ready(needed=True)
             self._warmup.average(self._replica.params)
             self._averaged = True
 
@@ -318,6 +333,7 @@ class ShadowSync:
 
     def _detach(self) -> None:
         self._closed = True
+        _OPEN.pop(self._number, None)
         for hook in self._hooks:
             hook.remove()
         for name in ("shadow", "synchronize", "skip_synchronize"):
@@ -326,10 +342,9 @@ class ShadowSync:
         atexit.unregister(self._close_at_exit)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._start_once()
-        if not self._warmup.left:
-            self._begun()
-        elif not self._skip_average:
+        self._notice_new_parameters()
+        self._get_ready(needed=True)
+        if self._warmup.left and not self._skip_average:
             if len(args) > 1 or kwargs.get("closure") is not None:
                 raise ValueError(
                     f"warmup_steps={self._warmup.left} are left, but step() got a closure, whose gradients cannot be "
@@ -340,11 +355,7 @@ class ShadowSync:
         self._averaged = False
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._groups != _group_sizes(optimizer):
-            self._groups = _group_sizes(optimizer)
-            self._replica = self._make_replica()
-            if self._driver is not None:
-                self._driver.rounds.wanted_replica = self._replica
+        self._notice_new_parameters()
         if self._driver is None:
             self._metrics.steps += 1
             if not self._warmup.left:
@@ -355,13 +366,23 @@ class ShadowSync:
             self._pre_hook.remove()
             self._pre_hook = None
 
+    def _notice_new_parameters(self) -> None:
+        if self._groups != (sizes := _group_sizes(self.optimizer)):
+            self._groups = sizes
+            self._replica = self._make_replica()
+            if self._driver is not None:
+                self._driver.rounds.wanted_replica = self._replica
+
     def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         state[STATE_KEY] = self._state()
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         self._loaded = state.pop(STATE_KEY, None) or None
         if self._driver is not None and self._loaded is not None:
-            logger.info("optimizer state loaded after the first step: call load_state_dict of the handle as well")
+            logger.warning(
+                "optimizer state was loaded after the first step, without what it says of rounds; for that call "
+                "optimizer.shadow.load_state_dict(state['shadow_sync']) on every rank"
+            )
 
     # --- beginnings ---------------------------------------------------------------------------------------------------
 
@@ -376,13 +397,20 @@ class ShadowSync:
         lines = agree.describe_settings(settings) + agree.describe_tensors(tensors)
         agree.require_same(self._comm, lines + agree.describe_optimizer(self.optimizer))
 
-    def _start_once(self) -> None:
-        """Start at the first step: weights may be loaded until then (collective at its first call).
+    def _get_ready(self, *, needed: bool) -> None:
+        """Start all handles of this thread, in order, where a rank needs it: it trains, or waits for those that do.
 
-        Buffers are left alone: by then the first batch has gone into the batch-norm statistics of each rank.
+        Together, because a rank without data goes to its first call of one handle while the others start them all.
+        Weights may be loaded until then. Buffers are left alone: by then the first batch has gone into the batch-norm
+        statistics of each rank. Collective at the first calls.
         """
-        if not self._started:
-            self._start(buffers=False)
+        if self._driver is not None:
+            return
+        for handle in _open_handles(self._owner):
+            if handle.size > 1 and not handle._started and any(handle._comm.allgather_object(needed)):
+                handle._start(buffers=False)
+            if handle._started and not handle._warmup.left:
+                handle._begun()
 
     def _start(self, *, buffers: bool = True) -> None:
         """Begin with the weights of rank 0 everywhere, or check that they are the same (collective)."""
@@ -413,8 +441,16 @@ class ShadowSync:
         frozen = [each for each in rest if isinstance(each.tensor, torch.nn.Parameter)]
         return [Replica(self._replica.params), Replica([], frozen)]
 
+    def _meet(self) -> None:
+        """Wait until all ranks are in a call such as this one, taking part in what the others do (collective)."""
+        self._get_ready(needed=False)
+        if self._started:
+            self._warmup.finish(self._replica.params, leaving=False)
+            if not self._warmup.left:
+                self._begun().meet()
+
     def _finish_warmup(self, *, leaving: bool) -> None:
-        self._start_once()
+        self._get_ready(needed=True)
         self._warmup.finish(self._replica.params, leaving=leaving)
 
     def _begun(self) -> Driver:
@@ -464,6 +500,12 @@ class ShadowSync:
             self.close()
         except ShadowSyncError:
             logger.exception("synchronisation ended with an error")
+            self._end_job_of_ranks()
+
+    def _end_job_of_ranks(self) -> None:
+        """End all ranks: after an error here they would wait for this one for ever."""
+        if self._end_job and self._comm.spans_processes:
+            mpi.end_job("synchronisation failed")
 
 
 def _undisturbed(hook: Callable[..., None]) -> Callable[..., None]:
@@ -476,7 +518,13 @@ def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
     return [len(group["params"]) for group in optimizer.param_groups]
 
 
+def _open_handles(owner: threading.Thread | None = None) -> list[ShadowSync]:
+    """Return the handles that work, in the order of their construction; of the thread `owner`, or of all."""
+    handles = [each for reference in _OPEN.valuerefs() if (each := reference()) is not None]
+    return sorted((each for each in handles if owner in (None, each._owner)), key=lambda each: each._number)
+
+
 def close_all() -> None:
-    """Close every handle of this process that is still open (collective)."""
-    for handle in list(_OPEN):
+    """Close every handle of this process that is still open, in the order of their construction (collective)."""
+    for handle in _open_handles():
         handle.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hvd_shadowsync.algorithms.base import check_interval
+from hvd_shadowsync.checks import check_count, check_interval
 
 DEFAULT_CPU_BUDGET = 0.03
 
@@ -54,11 +54,3 @@ class Pacing:
         interval_s = (self.sync_interval_ms or 0.0) / 1000
         budget_s = spent_s / self.cpu_budget if self.cpu_budget is not None else 0.0
         return max(0.0, interval_s - elapsed_s, budget_s - elapsed_s)
-
-
-def check_count(name: str, value: int, *, least: int) -> None:
-    """Raise unless the argument `name` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not a whole number; give one of at least {least}")
-    if value < least:
-        raise ValueError(f"{name}={value!r} is below {least}; give a whole number of at least {least}")

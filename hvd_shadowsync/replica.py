@@ -161,10 +161,8 @@ class Replica:
             part.view(live.shape).copy_(live, non_blocking=True)
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
-        return [flat[segment.start : segment.stop] for segment in self.segments[: self._count(flat)]]
-
-    def _count(self, flat: Tensor) -> int:
-        return len(self.params) if flat.numel() == self.num_weights else len(self.segments)
+        """Return the parts of `flat`, which has the weights alone or the buffers as well."""
+        return [flat[segment.start : segment.stop] for segment in self.segments if segment.stop <= flat.numel()]
 
 
 def _add(lives: list[Tensor], parts: list[Tensor], alpha: float) -> None:

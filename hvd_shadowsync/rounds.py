@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from hvd_shadowsync.algorithms.base import State, named, slices
 from hvd_shadowsync.ballot import Ballot, Intent, Verdict
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.errors import ReplicaMismatchError
+from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reducers import AllReduceMean, ElasticCenter, ElasticInTurn, OwnerMean, Reducer
 from hvd_shadowsync.reducers.base import Fill, as_it_is
@@ -55,11 +55,11 @@ class RoundOptions:
 
 @dataclass
 class Staged:
-    """The result of a round, ready for the live tensors of `replica`."""
+    """The result of a round, ready for the live tensors of `replica`; `integers` where they come from another rank."""
 
     replica: Replica
     vector: Tensor
-    integers: Tensor
+    integers: Tensor | None
     how: Merge
     alpha: float
     verdict: Verdict
@@ -71,7 +71,8 @@ class Staged:
         count = 0 if self.sample is None else self.sample.numel()
         before = _first_values(self.replica, count)
         self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild)
-        self.replica.assign_integers(self.integers)
+        if self.integers is not None:
+            self.replica.assign_integers(self.integers)
         if self.sample is None:
             return math.nan
         staged = self.vector[:count]
@@ -150,8 +151,10 @@ class Rounds:
         """
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
         if self._meets(intent):
-            count = self._vote(Ballot(intent, self._counts(), self.wanted_replica.fingerprint, self._metrics.steps))
+            count = self._vote(Ballot(intent, self._counts(), self.wanted_replica.fingerprint))
             verdict, weights = count.verdict, count.weights
+            if verdict is Verdict.CONFLICT:
+                raise ShadowSyncError(_conflict(count.intents))
         else:
             verdict, weights = Verdict.ROUND, (1.0,) * self._comm.size
         self._watch_mismatch(verdict)
@@ -274,8 +277,13 @@ class Rounds:
             self._metrics.bytes_sent += self._mean.bytes_sent - sent
 
     def _staged(self, how: Merge, verdict: Verdict, sample: Tensor | None) -> Staged:
-        alpha = self._options.algorithm.alpha
-        return Staged(self.replica, self._snapshot, self._integers, how, alpha, verdict, self._steps, sample)
+        alpha, integers = self._options.algorithm.alpha, self._integers_from(verdict)
+        return Staged(self.replica, self._snapshot, integers, how, alpha, verdict, self._steps, sample)
+
+    def _integers_from(self, verdict: Verdict) -> Tensor | None:
+        """Return what integer buffers are set to; None where they are this rank's own, and have gone on meanwhile."""
+        owned = self._comm.rank == 0 and verdict is not Verdict.CONSOLIDATE
+        return None if owned or (self.serves and verdict is Verdict.ROUND) else self._integers
 
     # --- parameters that were added later ---------------------------------------------------------------------------
 
@@ -346,6 +354,11 @@ class Rounds:
                 self._reducer.rebase(anchor)
             self._state = self._recalled(memory)
             self._metrics.restore(saved["counters"])
+
+
+def _conflict(intents: Sequence[Intent]) -> str:
+    where = ", ".join(f"rank {rank} in {ballot.CALLS[intent]}" for rank, intent in enumerate(intents))
+    return f"the ranks wait for one another: {where}; make these calls on every rank, in the same order"
 
 
 def _first_values(replica: Replica, count: int) -> Tensor:

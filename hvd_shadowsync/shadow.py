@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from hvd_shadowsync.ballot import Intent, Verdict
+from hvd_shadowsync.ballot import CALLS, Intent, Verdict
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
@@ -47,6 +47,10 @@ class Driver(ABC):
         """Begin rounds again."""
 
     @abstractmethod
+    def meet(self) -> None:
+        """Wait until all ranks are here, taking part in the rounds of those that train; nothing is under way then."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all ranks are here, then make all replicas bit-identical."""
 
@@ -80,6 +84,11 @@ class Foreground(Driver):
     def resume(self) -> None:
         """See `Driver.resume`."""
         self._paused = False
+
+    def meet(self) -> None:
+        """See `Driver.meet`."""
+        while self._run(Intent.MEET) is not Verdict.MEET:
+            pass
 
     def synchronize(self) -> None:
         """See `Driver.synchronize`."""
@@ -121,7 +130,7 @@ class ShadowThread(Driver):
         self._steps_at_round = metrics.steps
         self._round_began = time.monotonic()
         self._spent_mark = 0.0
-        self._consolidations = 0
+        self._meetings = self._consolidations = 0
         self._stopped = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="shadow", daemon=True)
@@ -163,6 +172,11 @@ class ShadowThread(Driver):
         self._paused = False
         self._wake.set()
 
+    def meet(self) -> None:
+        """See `Driver.meet`."""
+        target = self._meetings + 1
+        self._wait_in(Intent.MEET, lambda: self._meetings >= target)
+
     def synchronize(self) -> None:
         """See `Driver.synchronize`."""
         target = self._consolidations + 1
@@ -190,9 +204,7 @@ class ShadowThread(Driver):
                     break
                 if not self._changed.wait(REPORT_WAIT_S):
                     waited_s += REPORT_WAIT_S
-                    logger.warning("%s waits for the other ranks since %.0f s", _CALLS[intent], waited_s)
-            if intent is not Intent.LEAVE:
-                self._intent = Intent.TRAIN
+                    logger.warning("%s waits for the other ranks since %.0f s", CALLS[intent], waited_s)
 
     def _merge_if_staged(self, *, hogwild: bool = False) -> None:
         """Merge what is staged; `_changed` is held. Raises what the shadow thread failed with."""
@@ -231,11 +243,20 @@ class ShadowThread(Driver):
         self._round_began, self._spent_mark = time.monotonic(), self._spent_s()
         result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round)
         self.metrics.cpu_s = time.thread_time()
-        if not isinstance(result, Staged):
-            return result
-        self._steps_at_round = result.steps
-        self._hand_over(result)
-        return result.verdict
+        if isinstance(result, Staged):
+            self._steps_at_round = result.steps
+            self._hand_over(result)
+            return result.verdict
+        if result is Verdict.MEET:
+            with self._changed:
+                self._answer_call()
+                self._meetings += 1
+        return result
+
+    def _answer_call(self) -> None:
+        """Vote as one that trains from here on: the call that the training thread waits in has its answer."""
+        self._intent = Intent.TRAIN
+        self._changed.notify_all()
 
     def _await_turn(self) -> Intent:
         """Return once a round is due, with what the training thread is about by then."""
@@ -269,6 +290,8 @@ class ShadowThread(Driver):
             if self._hogwild and self._intent is Intent.TRAIN:
                 self._merge_if_staged(hogwild=True)
                 return
+            if staged.verdict is Verdict.CONSOLIDATE and self._intent is Intent.CONSOLIDATE:
+                self._answer_call()
             self._changed.notify_all()
         while self._staged is not None:
             self._sleep(math.inf)
@@ -281,9 +304,6 @@ class ShadowThread(Driver):
             return
         self._quiet_polls = 0 if self.rounds.serve() else self._quiet_polls + 1
         self._wake.wait(min(longest_s, SERVING_PAUSES.pause_s(self._quiet_polls)))
-
-
-_CALLS = {Intent.CONSOLIDATE: "synchronize()", Intent.LEAVE: "close()"}
 
 
 def merge_staged(staged: Staged, metrics: RoundMetrics, *, hogwild: bool = False) -> None:

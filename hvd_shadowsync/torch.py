@@ -17,7 +17,6 @@ except ImportError as error:
     ) from error
 
 from hvd_shadowsync import broadcast
-from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.tuning import tune_environment
 from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimizer
 from hvd_shadowsync.distributed import communicator_of
@@ -29,7 +28,7 @@ __all__ = sorted({name for name in dir(_horovod) if not name.startswith("_")} | 
 
 
 def init(*args: Any, **kwargs: Any) -> Any:
-    """Initialise Horovod, after tuning MPI (what the user has set stays); uncaught exceptions will end the job.
+    """Initialise Horovod, after tuning MPI (what the user has set stays).
 
     Horovod's own thread wakes every HOROVOD_CYCLE_TIME milliseconds, by default 1, whether there is something to reduce
     or not, and takes the core from training. Without an allreduce a step it has little to do, so that 20 is set
@@ -39,7 +38,6 @@ def init(*args: Any, **kwargs: Any) -> Any:
     """
     tune_environment()
     os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME_MS)
-    mpi.end_job_on_exception()
     return _horovod.init(*args, **kwargs)
 
 

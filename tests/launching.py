@@ -6,6 +6,7 @@ put ranks in process groups and sessions of their own.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -33,10 +34,14 @@ ONE_HOST = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm"}
 """Open MPI looks for no network then, which saves a second of each start."""
 
 
+_mpi = functools.cache(run.detect_mpi)
+_horovodrun = functools.cache(run.find_horovodrun)  # which imports Horovod in a process of its own
+
+
 def find_mpi() -> Mpi:
     """Return the MPI of the tests; skip the test where there is none."""
     try:
-        return run.detect_mpi()
+        return _mpi()
     except LaunchError as error:
         pytest.skip(str(error))
 
@@ -46,7 +51,7 @@ def find_horovodrun(mpi: Mpi) -> str:
     if not mpi.known_to_horovod:
         pytest.skip(f"horovodrun does not recognise {mpi.mpirun}")
     try:
-        return run.find_horovodrun()
+        return _horovodrun()
     except LaunchError as error:
         pytest.skip(str(error))
 
@@ -188,6 +193,10 @@ class Job:
             assert self._process.poll() is None, f"the job ended before {event!r}: {self._read(1)}"
             assert time.monotonic() < deadline, f"only {len(pids)} of {ranks} ranks came as far as {event!r}"
             time.sleep(0.02)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the launcher, as Ctrl-C or a batch system does."""
+        self._process.send_signal(number)
 
     def processes(self) -> list[int]:
         """Return the pids of this job's processes, the launcher's as well."""

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from hvd_shadowsync.checks import check_interval
+
 
 class NoState(NamedTuple):
     """The state of an algorithm that remembers nothing."""
@@ -56,19 +58,6 @@ class Algorithm(ABC):
 
         Closed forms for `size` replicas that all move alike, with `merge` "delta" or "interpolate".
         """
-
-
-def check_interval(
-    name: str, value: float, *, low: float, high: float, low_included: bool = True, high_included: bool = True
-) -> None:
-    """Raise unless the number `value` of the argument `name` lies between `low` and `high`."""
-    shape = f"{'[' if low_included else '('}{low:g}, {high:g}{']' if high_included else ')'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is not a number; give one in {shape}")
-    above = value >= low if low_included else value > low
-    below = value <= high if high_included else value < high
-    if not (above and below):
-        raise ValueError(f"{name}={value!r} is outside {shape}; give a number in that interval")
 
 
 def slices(state: State, part: slice) -> State:

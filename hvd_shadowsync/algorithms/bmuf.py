@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.algorithms.base import Algorithm, check_interval
+from hvd_shadowsync.algorithms.base import Algorithm
+from hvd_shadowsync.checks import check_interval
 
 
 class PlainBlockState(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,12 +198,12 @@ class LocalCommunicator(Communicator):
 
     def allgather_object(self, value: Any) -> list[Any]:
         """See `Communicator.allgather_object`."""
-        gathered: dict[int, Any] = {}
-        request = self._join("allgather_object", (value, gathered), _share_all)
+        gathered: dict[int, bytes] = {}
+        request = self._join("allgather_object", (pickle.dumps(value), gathered), _share_all)
         with self._shared.changed:
             if not self._shared.changed.wait_for(request.test, BLOCKING_TIMEOUT_S):
                 raise TransportError(f"rank {self.rank} waited {BLOCKING_TIMEOUT_S} s in allgather_object")
-        return [gathered[rank] for rank in range(self.size)]
+        return [pickle.loads(gathered[rank]) for rank in range(self.size)]
 
     def dup(self) -> Communicator:
         """See `Communicator.dup`."""
@@ -215,7 +216,7 @@ class LocalCommunicator(Communicator):
         return self._shared.join(next(self._numbers), kind, self.rank, deposit, combine)
 
 
-def _share_all(deposits: dict[int, tuple[Any, dict[int, Any]]]) -> None:
+def _share_all(deposits: dict[int, tuple[bytes, dict[int, bytes]]]) -> None:
     values = {rank: value for rank, (value, _) in deposits.items()}
     for _, gathered in deposits.values():
         gathered.update(values)

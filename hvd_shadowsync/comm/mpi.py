@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -86,24 +86,39 @@ def check_launch(mpi: Any) -> None:
         )
 
 
-def end_job_on_exception() -> None:
-    """Make an uncaught exception on one rank end the whole job, with its traceback; else the others wait for ever."""
-    if getattr(sys.excepthook, "ends_job", False):
+class _EndsJob:
+    """An excepthook: first the one before it, then the end of the whole job, while `active`."""
+
+    def __init__(self, previous: Callable[..., Any]) -> None:
+        self._previous = previous
+        self.active = True
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self._previous(kind, error, trace)
+        if self.active:
+            end_job(f"uncaught {kind.__name__}")
+
+
+def end_job_on_exception(active: bool = True) -> None:
+    """Make an uncaught exception of this process end the whole job, or not; else the other ranks wait for ever.
+
+    The import of the package does this, so that it holds before the first handle is made as well. It changes nothing
+    for a process that is no rank of an MPI job of several.
+    """
+    if not isinstance(sys.excepthook, _EndsJob):
+        sys.excepthook = _EndsJob(sys.excepthook)
+    sys.excepthook.active = active
+
+
+def end_job(why: str) -> None:
+    """End all ranks of the MPI job that this process belongs to; nothing where there is none."""
+    mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
         return
-    previous = sys.excepthook
-
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        previous(kind, error, trace)
-        mpi = load_mpi()
-        if not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
-            return
-        print(f"hvd_shadowsync: rank {mpi.COMM_WORLD.rank} ends the job after this {kind.__name__}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        mpi.COMM_WORLD.Abort(1)
-
-    excepthook.ends_job = True  # type: ignore[attr-defined]
-    sys.excepthook = excepthook
+    print(f"hvd_shadowsync: rank {mpi.COMM_WORLD.rank} ends the job: {why}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi.COMM_WORLD.Abort(1)
 
 
 class _MpiRequest:

@@ -55,7 +55,10 @@ class AllReduceMean(Reducer):
         self.bytes_sent += 2 * (self._comm.size - 1) * values.nbytes // self._comm.size
         if weight == 1:
             return into, self._comm.iallreduce(values, into)
-        torch.mul(values, weight, out=into)
+        if weight == 0:
+            into.zero_()  # a replica that does not count may hold anything, nan as well
+        else:
+            torch.mul(values, weight, out=into)
         return into, self._comm.iallreduce(into)
 
     def _land(self, flying: deque[tuple[slice, Tensor, Request]], total: float) -> Slices:

@@ -69,6 +69,57 @@ def test_nesterov_pulls_to_the_look_ahead_and_measures_from_it() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("eta", "m"), [(1.0, 0.5), (0.7, 0.9), (1.4, 0.3)])
+def test_the_anchor_goes_the_way_of_sgd_on_the_block_gradient(eta: float, m: float, nesterov: bool) -> None:
+    """DiLoCo's outer step: torch's SGD with momentum, on anchor - mean."""
+    algorithm = BMUF(block_lr=eta, block_momentum=m, nesterov=nesterov)
+    outer = torch.nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64))
+    sgd = torch.optim.SGD([outer], lr=eta, momentum=m, nesterov=nesterov)
+    state = algorithm.init(outer.detach())
+    for block in range(8):
+        mean = outer.detach() + torch.sin(torch.arange(5, dtype=torch.float64) + block)
+        outer.grad = outer.detach() - mean
+        sgd.step()
+        anchor, state = algorithm.update(mean, state)
+        torch.testing.assert_close(anchor, outer.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.25, 1.0, 1.5])
+def test_without_momentum_too(eta: float) -> None:
+    algorithm = BMUF(block_lr=eta)
+    outer = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    sgd = torch.optim.SGD([outer], lr=eta)
+    state = algorithm.init(outer.detach())
+    for block in range(8):
+        mean = torch.cos(torch.arange(3, dtype=torch.float64) * block)
+        outer.grad = outer.detach() - mean
+        sgd.step()
+        anchor, state = algorithm.update(mean, state)
+        torch.testing.assert_close(anchor, outer.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_block_lr_1_without_momentum_is_model_averaging() -> None:
+    mean = torch.tensor([3.0, -1.0])
+    anchor, _ = BMUF().update(mean, BMUF().init(torch.tensor([7.0, 5.0])))
+    assert torch.equal(anchor, mean)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("eta", "m"), [(1.0, 0.5), (0.6, 0.7)])
+def test_replicas_that_do_not_train_come_to_rest_at_the_mean(eta: float, m: float, nesterov: bool) -> None:
+    """Whatever the velocity: at rest all replicas and the anchor are one."""
+    algorithm = BMUF(alpha=0.5, block_lr=eta, block_momentum=m, nesterov=nesterov)
+    replicas = [torch.tensor([float(rank)], dtype=torch.float64) for rank in range(3)]
+    state = algorithm.init(torch.zeros(1, dtype=torch.float64))
+    for _ in range(400):
+        anchor, state = algorithm.update(torch.as_tensor(sum(replicas) / 3), state)
+        replicas = [each + 0.5 * (anchor - each) for each in replicas]
+    for each in replicas:
+        torch.testing.assert_close(each, anchor, rtol=1e-9, atol=1e-9)
+    assert state.velocity.abs().item() < 1e-9
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
 def test_rebase_puts_what_replicas_start_from_at_the_mean_and_keeps_the_velocity(nesterov: bool) -> None:
     algorithm = BMUF(block_momentum=0.5, nesterov=nesterov)
     mean, velocity = torch.tensor([3.0]), torch.tensor([2.0])

@@ -123,6 +123,39 @@ def test_after_a_rebase_a_velocity_is_all_that_moves_the_anchor(algorithm: Algor
     assert not torch.equal(algorithm.update(mean, state)[0], mean)
 
 
+@every
+def test_precision_is_that_of_the_weights(algorithm: Algorithm) -> None:
+    for dtype in (torch.float32, torch.float64):
+        params, reduced = (vector.to(dtype) for vector in vectors(5, 2))
+        anchor, state = algorithm.update(reduced, algorithm.init(params))
+        assert {tensor.dtype for tensor in (anchor, *state)} == {dtype}
+
+
+@every
+def test_vectors_may_be_empty(algorithm: Algorithm) -> None:
+    anchor, state = algorithm.update(torch.empty(0), algorithm.init(torch.empty(0)))
+    assert [tensor.numel() for tensor in (anchor, *state)] == [0] * (1 + len(state))
+
+
+@every
+@pytest.mark.parametrize("merge", ["delta", "interpolate"])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_surviving_progress_lies_between_nothing_and_the_gain_of_a_round(
+    algorithm: Algorithm, merge: str, size: int
+) -> None:
+    gain = algorithm.block_lr / (1 - algorithm.block_momentum) if isinstance(algorithm, BMUF) else 1.0
+    share = algorithm.surviving_progress(merge, size)
+    assert 0 <= share <= max(gain, 1.0)
+    assert (share == 0) == (merge == "interpolate" and algorithm.alpha == 1)
+    assert algorithm.surviving_progress("interpolate", size) <= algorithm.surviving_progress("delta", size)
+
+
+def test_slices_are_views() -> None:
+    state = BMUF(block_momentum=0.5).init(torch.zeros(6))
+    slices(state, slice(2, 4)).velocity.fill_(1)
+    assert state.velocity.tolist() == [0, 0, 1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("kind", [ModelAveraging, BMUF, ElasticAveraging])
 @pytest.mark.parametrize("alpha", [0, -0.5, 1.0001, float("nan"), float("inf")])
 def test_alpha_outside_its_interval_is_refused(kind: type[Algorithm], alpha: float) -> None:

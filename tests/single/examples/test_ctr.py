@@ -36,6 +36,7 @@ def test_plain_process_learns_and_writes_its_record(tmp_path: Path) -> None:
         (["--data", "criteo"], "expected the path"),
         (["--data", "criteo", "no/such/file"], "no/such/file does not exist. Name a Criteo file"),
         (["--data", "houses"], "expected flights, or criteo PATH"),
+        (["--validate", "--data", "criteo", "x"], "--validate belongs to --data flights"),
         (["--lr", "0"], "--lr 0.0: expected a value above 0"),
         (["--sync", "sometimes"], "invalid choice: 'sometimes'"),
     ],

@@ -27,6 +27,15 @@ def test_rows_and_label_rates_of_the_year(year: flights.Flights) -> None:
     assert year.test.labels.mean().item() == pytest.approx(0.2583, abs=1e-4)
 
 
+def test_settings_are_chosen_without_the_test_months(year: flights.Flights) -> None:
+    held_out = flights.load(validate=True)
+    assert len(held_out.train.labels) + len(held_out.test.labels) == len(year.train.labels)
+    assert torch.equal(held_out.train.labels, year.train.labels[: len(held_out.train.labels)])
+    assert torch.equal(held_out.test.labels, year.train.labels[len(held_out.train.labels) :])
+    month = flights.CATEGORIES.index("month")
+    assert held_out.train.ids[:, month].max() == 9 and not held_out.test.ids[:, month].any()
+
+
 def test_ids_fit_their_tables_and_months_of_the_test_are_unknown(year: flights.Flights) -> None:
     sizes = torch.tensor(year.table_sizes)
     for part in (year.train, year.test):

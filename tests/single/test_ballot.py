@@ -1,0 +1,103 @@
+"""The vote: what follows from the ballots of all ranks."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+
+from hvd_shadowsync.ballot import NUM_FIELDS, Ballot, Count, Intent, Verdict, count
+
+TRAIN, MEET, CONSOLIDATE, LEAVE = Intent
+OLD, NEW = 111, 222
+
+ballots = strategies.builds(
+    Ballot,
+    intent=strategies.sampled_from(Intent),
+    counts=strategies.booleans(),
+    layout=strategies.sampled_from([OLD, NEW]),
+)
+
+
+def counted(*given: Ballot, agreed: int = OLD) -> Count:
+    return count(torch.stack([ballot.encode() for ballot in given]), agreed)
+
+
+def with_intents(*intents: Intent, layout: int = OLD) -> Count:
+    return counted(*(Ballot(intent, True, layout) for intent in intents))
+
+
+@pytest.mark.parametrize(
+    ("intents", "verdict"),
+    [
+        ((TRAIN, TRAIN), Verdict.ROUND),
+        ((TRAIN, CONSOLIDATE), Verdict.ROUND),
+        ((TRAIN, LEAVE), Verdict.ROUND),
+        ((TRAIN, CONSOLIDATE, LEAVE), Verdict.ROUND),
+        ((CONSOLIDATE, CONSOLIDATE), Verdict.CONSOLIDATE),
+        ((CONSOLIDATE, LEAVE), Verdict.CONSOLIDATE),
+        ((LEAVE, LEAVE), Verdict.STOP),
+        ((TRAIN, MEET), Verdict.ROUND),
+        ((TRAIN, MEET, LEAVE), Verdict.ROUND),
+        ((MEET, MEET), Verdict.MEET),
+        ((MEET, CONSOLIDATE), Verdict.CONFLICT),
+        ((MEET, LEAVE), Verdict.CONFLICT),
+        ((TRAIN,), Verdict.ROUND),
+        ((CONSOLIDATE,), Verdict.CONSOLIDATE),
+        ((LEAVE,), Verdict.STOP),
+    ],
+)
+def test_what_follows_from_intents(intents: tuple[Intent, ...], verdict: Verdict) -> None:
+    assert with_intents(*intents).verdict is verdict
+
+
+@pytest.mark.parametrize("intents", [(TRAIN, TRAIN), (TRAIN, LEAVE), (CONSOLIDATE, CONSOLIDATE), (CONSOLIDATE, LEAVE)])
+def test_a_new_layout_comes_first(intents: tuple[Intent, Intent]) -> None:
+    first, second = intents
+    assert with_intents(first, second, layout=NEW).verdict is Verdict.REGROUP
+    mixed = counted(Ballot(first, True, OLD), Ballot(second, True, NEW))
+    assert mixed.verdict is Verdict.MISMATCH
+
+
+def test_ranks_may_leave_with_different_layouts() -> None:
+    assert counted(Ballot(LEAVE, True, OLD), Ballot(LEAVE, True, NEW)).verdict is Verdict.STOP
+
+
+def test_weights_are_who_counts() -> None:
+    given = [Ballot(TRAIN, True, OLD), Ballot(CONSOLIDATE, False, OLD), Ballot(TRAIN, True, OLD)]
+    assert counted(*given).weights == (1.0, 0.0, 1.0)
+
+
+def test_where_nobody_counts_all_do() -> None:
+    assert counted(*[Ballot(CONSOLIDATE, False, OLD)] * 3).weights == (1.0, 1.0, 1.0)
+
+
+def test_intents_by_rank() -> None:
+    assert with_intents(TRAIN, LEAVE, MEET).intents == (TRAIN, LEAVE, MEET)
+
+
+def test_a_ballot_is_24_bytes_and_holds_a_fingerprint_whole() -> None:
+    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1).encode()
+    assert encoded.dtype == torch.int64
+    assert encoded.nbytes == 24
+    assert encoded.tolist() == [2, 1, 2**62 - 1]
+    assert encoded.numel() == NUM_FIELDS
+
+
+@hypothesis.given(given=strategies.lists(ballots, min_size=1, max_size=5))
+def test_weights_never_sum_to_nothing(given: list[Ballot]) -> None:
+    found = counted(*given)
+    assert sum(found.weights) >= 1
+    assert len(found.weights) == len(found.intents) == len(given)
+
+
+@hypothesis.given(given=strategies.lists(ballots, min_size=2, max_size=5), data=strategies.data())
+def test_the_verdict_does_not_depend_on_the_order_of_ranks(given: list[Ballot], data: strategies.DataObject) -> None:
+    assert counted(*given).verdict is counted(*data.draw(strategies.permutations(given))).verdict
+
+
+@hypothesis.given(given=strategies.lists(ballots, min_size=1, max_size=5))
+def test_numbers_are_reduced_only_where_all_ranks_have_the_agreed_layout(given: list[Ballot]) -> None:
+    if counted(*given).verdict in (Verdict.ROUND, Verdict.CONSOLIDATE):
+        assert {ballot.layout for ballot in given} == {OLD}
