@@ -266,8 +266,9 @@ class ShadowThread(Driver):
             if self._intent is not Intent.TRAIN:
                 return self._intent
             wait_s = math.inf if self._paused else self._wait_s()
+            if self._paused or math.isfinite(wait_s):
+                self._wake_at_step = math.inf  # steps do not matter now: being woken by each would eat the budget
             if wait_s <= 0:
-                self._wake_at_step = math.inf
                 return self._intent
             self._sleep(wait_s)
 

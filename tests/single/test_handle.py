@@ -36,6 +36,7 @@ from hvd_shadowsync import rounds as rounds_module
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
+from hvd_shadowsync.pacing import Pacing
 
 ALGORITHMS: list[Algorithm] = [
     ModelAveraging(),
@@ -1180,6 +1181,28 @@ def test_extra_memory_per_rank(algorithm: Algorithm, limit: float, driver: dict[
     plain, most = on_ranks(2, program)[0]
     assert most > plain + 2 * 4 * numel  # the snapshots were weighed
     assert (most - plain) / 2 / (4 * numel) <= limit
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_thread_that_waits_for_time_or_is_paused_is_not_woken_by_steps(
+    paused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would spend its CPU budget on being woken, and with short steps no round would ever be due."""
+    looks: list[int] = []
+    wait_s = Pacing.wait_s
+    monkeypatch.setattr(Pacing, "wait_s", lambda self, **now: looks.append(now["steps"]) or wait_s(self, **now))
+
+    def program(comm: Communicator) -> None:
+        slopes = Slopes(comm.rank)
+        with ShadowSync(slopes.optimizer, communicator=comm, sync_interval_ms=1e7) as sync:
+            if paused:
+                sync.pause()
+            for _ in range(100):
+                slopes.step()
+                time.sleep(0.0005)
+
+    on_ranks(2, program)
+    assert len(looks) < 20
 
 
 # --- calls that all ranks make ----------------------------------------------------------------------------------------
