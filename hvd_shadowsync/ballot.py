@@ -46,18 +46,20 @@ class Ballot:
         intent: what its training thread is about.
         counts: whether its replica counts in the mean; False once a rank has nothing new to contribute.
         layout: fingerprint of its replica's names, shapes and dtypes, non-negative.
+        spent_us: CPU time that it has spent on synchronisation since its last vote, microseconds.
     """
 
     intent: Intent
     counts: bool
     layout: int
+    spent_us: int = 0
 
     def encode(self) -> Tensor:
         """Return the ballot as a vector, int64."""
-        return torch.tensor([self.intent, self.counts, self.layout], dtype=torch.int64)
+        return torch.tensor([self.intent, self.counts, self.layout, self.spent_us], dtype=torch.int64)
 
 
-NUM_FIELDS = 3
+NUM_FIELDS = 4
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,15 @@ class Count:
     verdict: Verdict
     weights: tuple[float, ...]
     intents: tuple[Intent, ...]
+    most_spent_us: int
 
 
 def count(votes: Tensor, agreed_layout: int) -> Count:
-    """Return what follows from `votes`, int64 of shape (size, 3), where the last rounds had `agreed_layout`."""
-    intents, counts, layouts = votes.T.tolist()
+    """Return what follows from `votes`, int64 of shape (size, 4), where the last rounds had `agreed_layout`."""
+    intents, counts, layouts, spent_us = votes.T.tolist()
     weights = tuple(map(float, counts)) if any(counts) else (1.0,) * len(counts)
-    return Count(_verdict(set(intents), set(layouts), agreed_layout), weights, tuple(map(Intent, intents)))
+    verdict = _verdict(set(intents), set(layouts), agreed_layout)
+    return Count(verdict, weights, tuple(map(Intent, intents)), max(spent_us))
 
 
 def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:

@@ -46,8 +46,8 @@ class ShadowSync:
     """Keeps the replicas of a model together in the background while each rank trains its own.
 
     The optimizer stays the user's own object: its step hooks trigger rounds and merge their results, nothing else of
-    it changes. All ranks construct and close their handles in the same order; at world size 1 there is no thread, no MPI
-    traffic, and training is bit-identical to training without a handle.
+    it changes. All ranks construct and close their handles in the same order. At world size 1 there is no thread, no
+    MPI traffic, and training is bit-identical to training without a handle.
 
     All methods are for the training thread. `synchronize`, `averaged_weights`, `state_dict`, `load_state_dict`,
     `metrics(merged=True)` and `close` are collective: every rank has to call them, at its own time (ranks with less

@@ -22,7 +22,15 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
-from hvd_shadowsync.reducers import AllReduceMean, ElasticCenter, ElasticInTurn, OwnerMean, Reducer
+from hvd_shadowsync.reducers import (
+    AllReduceMean,
+    ElasticCenter,
+    ElasticInTurn,
+    HostMean,
+    HostMemory,
+    OwnerMean,
+    Reducer,
+)
 from hvd_shadowsync.reducers.base import Fill, as_it_is
 from hvd_shadowsync.replica import Merge, Replica
 
@@ -96,11 +104,14 @@ class Rounds:
         background_center = options.algorithm.asynchronous and not options.foreground
         self._center_comms = (comm.dup(), comm.dup()) if background_center else None
         self._mean = OwnerMean(comm, poller)
+        self._host = self._share_host(replica)
         self._idle_rounds = 0
         self._steps = 0
         self._consolidated_at = -1
         self._mismatch_since: float | None = None
         self.lock = threading.Lock()
+        self.most_spent_s = 0.0
+        """CPU seconds of the rank that had spent most by the last vote."""
         self.begin(replica)
 
     # --- what the rounds start from ---------------------------------------------------------------------------------
@@ -117,8 +128,18 @@ class Rounds:
             self._poller.wait([self._comm.ibcast(self._snapshot)])
             self._set_anchor(self._snapshot)
 
+    def _share_host(self, replica: Replica) -> HostMemory | None:
+        """Return memory for snapshots that all ranks see, where they are on one host and rounds can use it."""
+        options = self._options
+        if options.algorithm.asynchronous or options.foreground or options.wire_dtype is not None or replica.pinned:
+            return None
+        return HostMemory.of(self._comm, replica.numel, replica.dtype)
+
     def _allocate(self) -> None:
-        self._snapshot, self._integers = self.replica.empty(), self.replica.empty_integers()
+        if self._host is not None and (self._host.numel, self._host.dtype) != (self.replica.numel, self.replica.dtype):
+            self._host = None  # a new layout: new memory would have to be asked for on the training threads
+        self._snapshot = self.replica.empty() if self._host is None else self._host.snapshots[self._comm.rank]
+        self._integers = self.replica.empty_integers()
 
     def _set_anchor(self, anchor: Tensor) -> None:
         self._state = self._options.algorithm.init(anchor[: self.replica.num_weights])
@@ -133,26 +154,31 @@ class Rounds:
             return ElasticCenter(*self._center_comms, poller, algorithm.elastic, anchor)
         if self._options.wire_dtype is not None or self._options.foreground:
             return OwnerMean(comm, poller, wire_dtype=self._options.wire_dtype)
-        return AllReduceMean(comm, poller)
+        return AllReduceMean(comm, poller) if self._host is None else HostMean(self._host)
 
     def free(self) -> None:
-        """Give the communicators back (collective)."""
+        """Give the communicators and their memory back (collective)."""
+        self._host = None
+        self._snapshot = torch.empty(0, dtype=self.replica.dtype)
+        self._reducer = self._mean
         for comm in [*(self._center_comms or ()), self._comm]:
             comm.free()
 
     # --- a round ----------------------------------------------------------------------------------------------------
 
-    def run(self, intent: Intent, new_steps: int) -> Staged | Verdict:
+    def run(self, intent: Intent, new_steps: int, spent_s: float = 0.0) -> Staged | Verdict:
         """Take part in the next round; return its result, or the verdict if there is nothing to merge.
 
         Args:
             intent: what the training thread is about.
             new_steps: training steps since the last round's snapshot.
+            spent_s: CPU seconds that this rank has spent on synchronisation since the last call.
         """
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
         if self._meets(intent):
-            count = self._vote(Ballot(intent, self._counts(), self.wanted_replica.fingerprint))
+            count = self._vote(Ballot(intent, self._counts(), self.wanted_replica.fingerprint, round(1e6 * spent_s)))
             verdict, weights = count.verdict, count.weights
+            self.most_spent_s = count.most_spent_us / 1e6
             if verdict is Verdict.CONFLICT:
                 raise ShadowSyncError(_conflict(count.intents))
         else:

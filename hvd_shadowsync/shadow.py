@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from hvd_shadowsync.ballot import CALLS, Intent, Verdict
-from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.poll import Poller, sleep_on_time
 from hvd_shadowsync.errors import ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.pacing import Pacing
@@ -227,6 +227,7 @@ class ShadowThread(Driver):
         try:
             torch.set_num_threads(1)
             self._ready.set()
+            sleep_on_time()
             self._spent_mark = self._spent_s()
             while self._round() is not Verdict.STOP:
                 pass
@@ -240,8 +241,9 @@ class ShadowThread(Driver):
 
     def _round(self) -> Verdict:
         intent = self._await_turn()
-        self._round_began, self._spent_mark = time.monotonic(), self._spent_s()
-        result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round)
+        spent_s = self._spent_s() - self._spent_mark
+        self._round_began, self._spent_mark = time.monotonic(), self._spent_mark + spent_s
+        result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round, spent_s)
         self.metrics.cpu_s = time.thread_time()
         if isinstance(result, Staged):
             self._steps_at_round = result.steps
@@ -259,25 +261,26 @@ class ShadowThread(Driver):
         self._changed.notify_all()
 
     def _await_turn(self) -> Intent:
-        """Return once a round is due, with what the training thread is about by then."""
+        """Return once a round is due, with what the training thread is about by then.
+
+        What the waiting itself costs is not waited for: each look at the clock would put the round off by many looks.
+        """
+        spent_s = max(self._spent_s() - self._spent_mark, self.rounds.most_spent_s)
         while True:
             self._wake.clear()
             self._wake_at_step = self._steps_at_round + self.pacing.steps
             if self._intent is not Intent.TRAIN:
                 return self._intent
-            wait_s = math.inf if self._paused else self._wait_s()
+            wait_s = math.inf if self._paused else self._wait_s(spent_s)
             if self._paused or math.isfinite(wait_s):
                 self._wake_at_step = math.inf  # steps do not matter now: being woken by each would eat the budget
             if wait_s <= 0:
                 return self._intent
             self._sleep(wait_s)
 
-    def _wait_s(self) -> float:
-        return self.pacing.wait_s(
-            steps=self.metrics.steps - self._steps_at_round,
-            elapsed_s=time.monotonic() - self._round_began,
-            spent_s=self._spent_s() - self._spent_mark,
-        )
+    def _wait_s(self, spent_s: float) -> float:
+        steps, elapsed_s = self.metrics.steps - self._steps_at_round, time.monotonic() - self._round_began
+        return self.pacing.wait_s(steps=steps, elapsed_s=elapsed_s, spent_s=spent_s)
 
     def _spent_s(self) -> float:
         return time.thread_time() + self.metrics.merge_s

@@ -1,5 +1,5 @@
 """Transports: one small interface, over MPI and over threads of one process."""
 
-from hvd_shadowsync.comm.base import Communicator, Message, Request
+from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 
-__all__ = ["Communicator", "Message", "Request"]
+__all__ = ["Communicator", "Message", "Request", "SharedMemory"]

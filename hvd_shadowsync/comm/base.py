@@ -25,6 +25,16 @@ class Message(Protocol):
         """Receive into `tensor`, which has at least as many elements as were sent."""
 
 
+class SharedMemory(Protocol):
+    """Bytes that all ranks of a communicator read and write; they live as long as the communicator."""
+
+    segments: list[Tensor]
+    """Each rank's part, by rank: uint8, zero at first; they begin at a multiple of 64."""
+
+    def fence(self) -> None:
+        """Order this rank's reads and writes: those before come before those after, for all ranks."""
+
+
 class Communicator(ABC):
     """A group of ranks and the non-blocking operations between them.
 
@@ -69,6 +79,13 @@ class Communicator(ABC):
     @abstractmethod
     def allgather_object(self, value: Any) -> list[Any]:
         """Return every rank's `value`, by rank (blocking; pickles)."""
+
+    @abstractmethod
+    def share(self, num_bytes: int) -> SharedMemory | None:
+        """Return memory to which each rank contributes its own `num_bytes` (collective, blocking).
+
+        None on every rank where they are not all on one host, or the host has no room.
+        """
 
     @abstractmethod
     def dup(self) -> Communicator:

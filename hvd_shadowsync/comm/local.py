@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm.base import Communicator, Message, Request
+from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 from hvd_shadowsync.errors import TransportError
 
 T = TypeVar("T")
@@ -111,6 +111,14 @@ class _Letter:
 
 
 @dataclass
+class _Segments:
+    segments: list[Tensor] = field(default_factory=list)
+
+    def fence(self) -> None:
+        """Threads of one interpreter see each other's writes in order."""
+
+
+@dataclass
 class _Receive:
     mailbox: list[_Letter]
     changed: threading.Condition
@@ -198,12 +206,11 @@ class LocalCommunicator(Communicator):
 
     def allgather_object(self, value: Any) -> list[Any]:
         """See `Communicator.allgather_object`."""
-        gathered: dict[int, bytes] = {}
-        request = self._join("allgather_object", (pickle.dumps(value), gathered), _share_all)
-        with self._shared.changed:
-            if not self._shared.changed.wait_for(request.test, BLOCKING_TIMEOUT_S):
-                raise TransportError(f"rank {self.rank} waited {BLOCKING_TIMEOUT_S} s in allgather_object")
-        return [pickle.loads(gathered[rank]) for rank in range(self.size)]
+        return [pickle.loads(each) for each in self._gather("allgather_object", pickle.dumps(value))]
+
+    def share(self, num_bytes: int) -> SharedMemory | None:
+        """See `Communicator.share`."""
+        return _Segments(self._gather("share", torch.zeros(num_bytes, dtype=torch.uint8)))
 
     def dup(self) -> Communicator:
         """See `Communicator.dup`."""
@@ -212,11 +219,20 @@ class LocalCommunicator(Communicator):
     def free(self) -> None:
         """See `Communicator.free`."""
 
+    def _gather(self, kind: str, value: T) -> list[T]:
+        """Return the ranks' own objects, by rank."""
+        gathered: dict[int, T] = {}
+        request = self._join(kind, (value, gathered), _share_all)
+        with self._shared.changed:
+            if not self._shared.changed.wait_for(request.test, BLOCKING_TIMEOUT_S):
+                raise TransportError(f"rank {self.rank} waited {BLOCKING_TIMEOUT_S} s in {kind}")
+        return [gathered[rank] for rank in range(self.size)]
+
     def _join(self, kind: str, deposit: Any, combine: Callable[[dict[int, Any]], None]) -> Request:
         return self._shared.join(next(self._numbers), kind, self.rank, deposit, combine)
 
 
-def _share_all(deposits: dict[int, tuple[bytes, dict[int, bytes]]]) -> None:
+def _share_all(deposits: dict[int, tuple[Any, dict[int, Any]]]) -> None:
     values = {rank: value for rank, (value, _) in deposits.items()}
     for _, gathered in deposits.values():
         gathered.update(values)

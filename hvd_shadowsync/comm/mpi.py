@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm.base import Communicator, Message, Request
+from hvd_shadowsync.comm import memory
+from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 from hvd_shadowsync.errors import TransportError
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,14 @@ class _MpiMessage:
         return _MpiRequest(self._message.Irecv(buffer), buffer)
 
 
+class _Segments:
+    def __init__(self, segments: list[Tensor]) -> None:
+        self.segments = segments
+
+    def fence(self) -> None:
+        memory.fence()
+
+
 class MpiCommunicator(Communicator):
     """Owns the mpi4py communicator that it is given and frees it."""
 
@@ -189,6 +198,32 @@ class MpiCommunicator(Communicator):
     def allgather_object(self, value: Any) -> list[Any]:
         """See `Communicator.allgather_object`."""
         return list(self._comm.allgather(value))
+
+    def share(self, num_bytes: int) -> SharedMemory | None:
+        """See `Communicator.share`."""
+        host = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+        on_one_host = host.size == self.size
+        host.Free()
+        return self._attach_all(num_bytes) if on_one_host else None
+
+    def _attach_all(self, num_bytes: int) -> SharedMemory | None:
+        file, segments, failure = None, [], ""
+        try:
+            file = memory.AnonymousFile(num_bytes)
+        except OSError as error:
+            failure = str(error)
+        addresses = self.allgather_object(file and file.address)
+        try:
+            if not failure:
+                segments = [torch.frombuffer(memory.attach(each), dtype=torch.uint8) for each in addresses if each]
+        except OSError as error:
+            failure = str(error)
+        failures = [each for each in self.allgather_object(failure) if each]
+        if file is not None:
+            file.close()
+        if failures:
+            logger.warning("the ranks of this host share no memory (%s): rounds go through messages", failures[0])
+        return None if failures else _Segments(segments)
 
     def dup(self) -> Communicator:
         """See `Communicator.dup`."""

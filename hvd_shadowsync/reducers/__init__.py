@@ -2,6 +2,7 @@
 
 from hvd_shadowsync.reducers.base import Reducer
 from hvd_shadowsync.reducers.elastic import ElasticCenter, ElasticInTurn
+from hvd_shadowsync.reducers.host import HostMean, HostMemory
 from hvd_shadowsync.reducers.mean import AllReduceMean, OwnerMean
 
-__all__ = ["AllReduceMean", "ElasticCenter", "ElasticInTurn", "OwnerMean", "Reducer"]
+__all__ = ["AllReduceMean", "ElasticCenter", "ElasticInTurn", "HostMean", "HostMemory", "OwnerMean", "Reducer"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hvd_shadowsync.comm.base import Communicator, Message, Request
+from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 
 
 @dataclass
@@ -67,6 +67,9 @@ class Recorded(Communicator):
 
     def allgather_object(self, value: Any) -> list[Any]:
         return self._comm.allgather_object(value)
+
+    def share(self, num_bytes: int) -> SharedMemory | None:
+        return self._comm.share(num_bytes)
 
     def dup(self) -> Communicator:
         return self._comm.dup()

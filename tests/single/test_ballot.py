@@ -17,6 +17,7 @@ ballots = strategies.builds(
     intent=strategies.sampled_from(Intent),
     counts=strategies.booleans(),
     layout=strategies.sampled_from([OLD, NEW]),
+    spent_us=strategies.integers(0, 10**9),
 )
 
 
@@ -77,11 +78,15 @@ def test_intents_by_rank() -> None:
     assert with_intents(TRAIN, LEAVE, MEET).intents == (TRAIN, LEAVE, MEET)
 
 
-def test_a_ballot_is_24_bytes_and_holds_a_fingerprint_whole() -> None:
-    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1).encode()
+def test_the_rank_that_has_spent_most() -> None:
+    assert counted(*(Ballot(TRAIN, True, OLD, spent) for spent in (7, 2**40, 0))).most_spent_us == 2**40
+
+
+def test_a_ballot_is_32_bytes_and_holds_a_fingerprint_whole() -> None:
+    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9).encode()
     assert encoded.dtype == torch.int64
-    assert encoded.nbytes == 24
-    assert encoded.tolist() == [2, 1, 2**62 - 1]
+    assert encoded.nbytes == 32
+    assert encoded.tolist() == [2, 1, 2**62 - 1, 9]
     assert encoded.numel() == NUM_FIELDS
 
 

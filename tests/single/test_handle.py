@@ -1183,18 +1183,22 @@ def test_extra_memory_per_rank(algorithm: Algorithm, limit: float, driver: dict[
     assert (most - plain) / 2 / (4 * numel) <= limit
 
 
-@pytest.mark.parametrize("paused", [False, True])
-def test_a_thread_that_waits_for_time_or_is_paused_is_not_woken_by_steps(
-    paused: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "paused"),
+    [({"sync_interval_ms": 1e7}, False), ({"cpu_budget": 1e-6}, False), ({"cpu_budget": 1.0}, True)],
+    ids=["interval", "budget", "paused"],
+)
+def test_waiting_for_a_round_costs_a_few_looks(
+    options: dict[str, Any], paused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would spend its CPU budget on being woken, and with short steps no round would ever be due."""
+    """Neither are threads woken by each step, nor does each look at the clock put the round off."""
     looks: list[int] = []
     wait_s = Pacing.wait_s
     monkeypatch.setattr(Pacing, "wait_s", lambda self, **now: looks.append(now["steps"]) or wait_s(self, **now))
 
     def program(comm: Communicator) -> None:
         slopes = Slopes(comm.rank)
-        with ShadowSync(slopes.optimizer, communicator=comm, sync_interval_ms=1e7) as sync:
+        with ShadowSync(slopes.optimizer, communicator=comm, **options) as sync:
             if paused:
                 sync.pause()
             for _ in range(100):
