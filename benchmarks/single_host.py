@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -165,7 +164,6 @@ def memory(algorithm: object, rounds: int = 40) -> dict[str, float]:
     gc.collect()
     WORLD.Barrier()
     before = resident()
-    reset_peak()
     with ShadowSync(optimizer, algorithm=algorithm, cpu_budget=1.0) as sync:  # type: ignore[arg-type]
         make_rounds(optimizer, sync, rounds)
         extra = resident() - before
@@ -173,7 +171,6 @@ def memory(algorithm: object, rounds: int = 40) -> dict[str, float]:
         growth = resident() - before - extra
     return {
         "extra / weights": extra / weights,
-        "peak / weights": (peak() - before) / weights,
         "growth over 3 x the rounds / weights": growth / weights,
     }
 
@@ -187,18 +184,14 @@ def make_rounds(optimizer: torch.optim.Optimizer, sync: ShadowSync, count: int) 
     sync.synchronize()
 
 
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-
-
 def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    """Bytes of memory in use by this process; what ranks share is divided among them."""
+    return _rollup("Pss")
+
+
+def _rollup(key: str) -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def round_against_allreduce(repeats: int) -> dict[str, object]:

@@ -35,7 +35,7 @@ class AnonymousFile:
         """Make the file.
 
         Raises:
-            OSError: the system has no such files, or no room.
+            OSError: the system has no such files.
         """
         if not hasattr(os, "memfd_create"):
             raise OSError("this system has no memfd_create")

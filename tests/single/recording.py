@@ -80,3 +80,13 @@ class Recorded(Communicator):
     def _watch(self, kind: str, tensor: Tensor, request: Request) -> Request:
         self.record.begin(kind, tensor)
         return _Watched(request, self.record)
+
+
+class Apart(Recorded):
+    """Ranks that are on different hosts."""
+
+    def share(self, num_bytes: int) -> SharedMemory | None:
+        return None
+
+    def dup(self) -> Communicator:
+        return Apart(self._comm.dup())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_as_threads import on_ranks
+from recording import Apart
 from torch import Tensor
 
 from hvd_shadowsync import rounds as rounds_module
@@ -558,3 +559,36 @@ def test_the_state_of_another_algorithm_gives_counters_and_a_warning(caplog: pyt
         results = run(2, program)
     assert results == [({"steps": 42, "rounds": 9, "steps_at_last_round": 38}, [0.0] * 6)] * 2
     assert "the checkpoint's rounds were BMUF; ModelAveraging goes on from the loaded weights" in caplog.text
+
+
+# --- which reducer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "expected"),
+    [
+        (ModelAveraging(), {}, "HostMean"),
+        (BMUF(), {}, "HostMean"),
+        (ModelAveraging(), {"wire_dtype": torch.bfloat16}, "OwnerMean"),
+        (ModelAveraging(), {"foreground": True}, "OwnerMean"),
+        (ElasticAveraging(), {}, "ElasticCenter"),
+        (ElasticAveraging(), {"foreground": True}, "ElasticInTurn"),
+    ],
+)
+def test_the_reducer_of_one_host(algorithm: Algorithm, options: dict[str, Any], expected: str) -> None:
+    assert on_ranks(2, lambda comm: type(Rank(comm, algorithm, **options).rounds._reducer).__name__) == [expected] * 2
+
+
+def test_hosts_apart_and_new_layouts_reduce_by_messages() -> None:
+    def program(comm: Communicator) -> list[str]:
+        apart = Rank(Apart(comm), ModelAveraging())
+        rank = Rank(comm, ModelAveraging())
+        names = [type(each.rounds._reducer).__name__ for each in (apart, rank)]
+        rank.rounds.wanted_replica = rank.make_replica(more=torch.full((3,), float(comm.rank)))
+        assert rank.round() is not Verdict.ROUND
+        rank.weights += comm.rank
+        rank.round()
+        assert rank.weights.tolist() == [0.5] * 6
+        return [*names, type(rank.rounds._reducer).__name__]
+
+    assert on_ranks(2, program) == [["AllReduceMean", "HostMean", "AllReduceMean"]] * 2

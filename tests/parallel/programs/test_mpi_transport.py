@@ -182,3 +182,21 @@ def test_many_communicators_one_after_the_other() -> None:
         copy = part.dup()
         copy.free()
         part.free()
+
+
+def test_shared_memory_is_seen_by_all_ranks_of_a_host(comm: Communicator) -> None:
+    """All ranks of these tests are on one host; parts differ in size, and begin with zeros."""
+    own = comm.dup()
+    memory = own.share(1000 * (comm.rank + 1))
+    assert memory is not None
+    assert [each.numel() for each in memory.segments] == [1000 * (rank + 1) for rank in range(comm.size)]
+    assert not any(each.any() for each in memory.segments)
+    assert all(each.data_ptr() % 64 == 0 for each in memory.segments)
+    comm.allgather_object("looked")
+    memory.segments[comm.rank].fill_(comm.rank + 1)
+    memory.fence()
+    comm.allgather_object("written")
+    for rank, segment in enumerate(memory.segments):
+        assert segment.unique().tolist() == [rank + 1]
+    comm.allgather_object("read")
+    own.free()
