@@ -62,7 +62,7 @@ class ShadowSync:
         sync_every: a round every so many steps; None (default) leaves it to the others.
         sync_interval_ms: a round every so many milliseconds; with `sync_every` both have to have passed.
         cpu_budget: share of one core that synchronisation may take, in (0, 1]; rounds are as frequent as that allows.
-            Default 0.03 where neither of the two above is given.
+            Default 0.02 where neither of the two above is given.
         warmup_steps: so many first steps average gradients in the training thread, as Horovod does; default 0.
         merge: "delta" (default): the replica moves by alpha (anchor - snapshot) and keeps the steps that it made
             meanwhile; "interpolate": the paper's w = (1-alpha) w + alpha anchor, which needs alpha < 1.

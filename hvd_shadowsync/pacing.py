@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hvd_shadowsync.checks import check_count, check_interval
 
-DEFAULT_CPU_BUDGET = 0.03
+DEFAULT_CPU_BUDGET = 0.02
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Pacing:
             in any case: without one there is nothing to synchronise).
         sync_interval_ms: milliseconds from the start of a round to the start of the next; None for no such condition.
         cpu_budget: share of one core that rounds may take, in (0, 1]: CPU time of the communicator thread and of the
-            training thread's part. None for no such condition; by default 0.03 where neither of the others is set.
+            training thread's part. None for no such condition; by default 0.02 where neither of the others is set.
     """
 
     sync_every: int | None = None

@@ -71,7 +71,7 @@ class BMUF(Algorithm):
             moved = torch.lerp(state.global_model, reduced, self.block_lr)
             return moved, PlainBlockState(moved)
         anchor = self._anchor(state.global_model, state.velocity)
-        velocity = self.block_momentum * state.velocity + self.block_lr * (reduced - anchor)
+        velocity = torch.add(self.block_momentum * state.velocity, reduced - anchor, alpha=self.block_lr)
         moved = state.global_model + velocity
         return self._anchor(moved, velocity), BlockState(moved, velocity)
 

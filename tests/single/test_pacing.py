@@ -22,7 +22,7 @@ def wait(pacing: Pacing, *, steps: int = 10**6, elapsed_s: float = 0.0, spent_s:
 
 def test_the_budget_is_the_default() -> None:
     assert Pacing() == Pacing(cpu_budget=DEFAULT_CPU_BUDGET)
-    assert DEFAULT_CPU_BUDGET == 0.03
+    assert DEFAULT_CPU_BUDGET == 0.02
 
 
 @pytest.mark.parametrize(
