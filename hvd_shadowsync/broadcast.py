@@ -1,4 +1,4 @@
-"""Starting alike: parameters and optimizer state from one rank to all, without ever calling `step()`."""
+"""Parameters and optimizer state of one rank for all, as scripts ask for them, without ever calling `step()`."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hvd_shadowsync import agree, arguments
 from hvd_shadowsync.algorithms import Algorithm
+from hvd_shadowsync.alike import start_alike, whole_model
 from hvd_shadowsync.average import average_in_place
 from hvd_shadowsync.checks import check_count, choice
 from hvd_shadowsync.comm import mpi
@@ -27,7 +28,7 @@ from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
 from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.reducers import OwnerMean
-from hvd_shadowsync.replica import Merge, NamedTensor, Replica
+from hvd_shadowsync.replica import Merge, Replica
 from hvd_shadowsync.rounds import Rounds
 from hvd_shadowsync.shadow import Driver, Foreground, ShadowThread
 from hvd_shadowsync.warmup import Warmup
@@ -416,30 +417,14 @@ class ShadowSync:
         """Begin with the weights of rank 0 everywhere, or check that they are the same (collective)."""
         self._started = True
         if self._initial == "check":
-            for replica in self._whole_model(buffers=buffers):
+            for replica in whole_model(self._replica, self._model, buffers=buffers):
                 agree.require_same_values(self._comm, replica.tensors)
         else:
             self._start_alike(root=0, buffers=buffers)
 
     def _start_alike(self, root: int, *, buffers: bool = True) -> None:
-        """Give every rank the weights of rank `root` (collective)."""
-        for replica in self._whole_model(buffers=buffers):
-            flat, integers = replica.empty(), replica.empty_integers()
-            replica.snapshot(flat)
-            replica.snapshot_integers(integers)
-            self._poller.wait([self._comm.ibcast(flat, root), self._comm.ibcast(integers, root)])
-            replica.merge(flat, Merge.ASSIGN)
-            replica.assign_integers(integers)
-
-    def _whole_model(self, *, buffers: bool) -> list[Replica]:
-        """Return what is synchronised, and what is not but has to start alike (frozen parameters, other buffers)."""
-        known = {id(each.tensor) for each in self._replica.tensors + self._replica.integers}
-        everything = {} if self._model is None else self._model.state_dict(keep_vars=True)
-        rest = [NamedTensor(n, t) for n, t in everything.items() if isinstance(t, Tensor) and id(t) not in known]
-        if buffers:
-            return [self._replica, Replica([], rest)]
-        frozen = [each for each in rest if isinstance(each.tensor, torch.nn.Parameter)]
-        return [Replica(self._replica.params), Replica([], frozen)]
+        everything = whole_model(self._replica, self._model, buffers=buffers)
+        start_alike(self._comm, self._poller, everything, root=root)
 
     def _meet(self) -> None:
         """Wait until all ranks are in a call such as this one, taking part in what the others do (collective)."""

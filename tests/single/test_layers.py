@@ -25,7 +25,7 @@ LAYERS = [
     ["replica", "pacing", "metrics"],
     ["algorithms"],
     ["reducers"],
-    ["warmup", "average", "ballot", "agree", "names"],
+    ["warmup", "average", "ballot", "agree", "alike", "names"],
     ["rounds"],
     ["arguments", "shadow"],
     ["optimizer"],
