@@ -15,7 +15,7 @@ PROMPT_S = 10.0
 """How soon the whole job is to end after one rank's exception."""
 
 
-def run_case(case: str, folder: Path, *, ranks: int = 2, timeout_s: float = 15.0, **options: object) -> Outcome:
+def run_case(case: str, folder: Path, *, ranks: int = 2, timeout_s: float = 60.0, **options: object) -> Outcome:
     command = [*mpirun(ranks), sys.executable, str(PROGRAMS / "endings.py"), case]
     return launch(command, folder, timeout_s=timeout_s, environ=ONE_HOST, **options)
 

@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).parent / "programs" / "horovod_style.py"
 
 
 def run_case(launcher: list[str], folder: Path, case: str) -> Outcome:
-    return launch([*launcher, sys.executable, str(PROGRAM), case], folder, timeout_s=30.0, environ=ONE_HOST)
+    return launch([*launcher, sys.executable, str(PROGRAM), case], folder, timeout_s=90.0, environ=ONE_HOST)
 
 
 @pytest.mark.parametrize(("ranks", "first"), [(1, "ours"), (2, "horovod"), (2, "mpi4py"), (4, "ours")])

@@ -41,7 +41,7 @@ ARGUMENTS = {
 
 def run_case(launcher: list[str], folder: Path, *case: str, **environ: str) -> Outcome:
     command = [*launcher, sys.executable, str(PROGRAM), *case]
-    return launch(command, folder, timeout_s=20.0, environ={**ONE_HOST, **environ})
+    return launch(command, folder, timeout_s=60.0, environ={**ONE_HOST, **environ})
 
 
 def require_refusals(outcome: Outcome, expected: dict[str, str], ranks: int) -> None:
@@ -61,7 +61,7 @@ def require_failure(outcome: Outcome, message: str) -> None:
     assert outcome.left_over == []
     assert re.search(message, outcome.errors), outcome.errors
     assert "Error in sys.excepthook" not in outcome.errors
-    assert outcome.seconds < 15
+    assert outcome.seconds < 45
 
 
 def test_replicas_that_do_not_match(tmp_path: Path) -> None:
