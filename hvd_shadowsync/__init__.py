@@ -4,6 +4,7 @@ from hvd_shadowsync.comm.tuning import tune_environment
 
 tune_environment()
 
+from hvd_shadowsync import checkpoint  # noqa: E402
 from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402
 from hvd_shadowsync.broadcast import broadcast_optimizer_state, broadcast_parameters  # noqa: E402
 from hvd_shadowsync.comm.mpi import end_job_on_exception  # noqa: E402
@@ -28,4 +29,5 @@ __all__ = [
     "TransportError",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "checkpoint",
 ]

@@ -184,8 +184,8 @@ class ShadowSync:
     def averaged_weights(self) -> Iterator[None]:
         """Evaluate on the mean of the replicas: `with sync.averaged_weights(): ...` (collective).
 
-        Inside, the live weights and buffers are the mean; afterwards each rank has its own back. Needs one more copy
-        of the weights meanwhile.
+        Inside, the live weights and buffers are the mean; afterwards each rank has its own back, with the rounds in
+        them that were under way. Needs one more copy of the weights meanwhile.
         """
         self._require_open("averaged_weights()")
         if self.size == 1:
@@ -248,6 +248,7 @@ class ShadowSync:
         """
         self._require_open("load_state_dict()")
         if self.size == 1:
+            self._remember(state)
             return
         loaded = self._replica.empty()
         self._replica.snapshot(loaded)
@@ -321,7 +322,13 @@ class ShadowSync:
         optimizer.skip_synchronize = self.skip_average  # type: ignore[attr-defined]
         self._hooks: list[Any] = []
         self._pre_hook: Any = None
-        if self.size > 1:
+        if self.size == 1:
+            self._hooks = [
+                optimizer.register_step_post_hook(_undisturbed(self._count_step)),
+                optimizer.register_state_dict_post_hook(self._add_state),
+                optimizer.register_load_state_dict_pre_hook(self._take_state),
+            ]
+        else:
             self._pre_hook = optimizer.register_step_pre_hook(_undisturbed(self._before_step))
             self._hooks = [
                 self._pre_hook,
@@ -374,11 +381,19 @@ class ShadowSync:
             if self._driver is not None:
                 self._driver.rounds.wanted_replica = self._replica
 
+    def _count_step(self, *_: Any) -> None:
+        self._metrics.steps += 1
+
     def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        state[STATE_KEY] = self._state()
+        if self.size > 1 or self._loaded is not None:
+            state[STATE_KEY] = self._state()
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        self._loaded = state.pop(STATE_KEY, None) or None
+        rounds = state.pop(STATE_KEY, None) or None
+        if self.size == 1:
+            self._remember(rounds)
+            return
+        self._loaded = rounds
         if self._driver is not None and self._loaded is not None:
             logger.warning(
                 "optimizer state was loaded after the first step, without what it says of rounds; for that call "
@@ -468,7 +483,15 @@ class ShadowSync:
             self._loaded = None
         self._comm.allgather_object(None)
 
+    def _remember(self, rounds: dict[str, Any] | None) -> None:
+        """Go on counting at world size 1; what rounds remembered of the weights is void once they are trained alone."""
+        self._loaded = {**rounds, "state": {}} if rounds else None
+        if rounds:
+            self._metrics.restore(rounds["counters"])
+
     def _state(self) -> dict[str, Any]:
+        if self.size == 1:
+            return {**self._loaded, "counters": self._metrics.counters()} if self._loaded else {}
         if self._driver is None:
             return self._loaded if self._loaded is not None else {}
         return self._driver.rounds.state_dict()

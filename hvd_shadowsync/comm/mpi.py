@@ -77,7 +77,7 @@ def check_launch(mpi: Any) -> None:
     if "HOROVOD_SIZE" in promised and len(promised) == 1:
         raise TransportError(
             f"horovodrun started {promised['HOROVOD_SIZE']} processes over Gloo, which are not ranks of one MPI job; "
-            "launch with `horovodrun --mpi`, `mpirun` or `shadowrun`"
+            "launch with `horovodrun --mpi`, `mpirun` or `shadowrun` (which finds the options that horovodrun needs)"
         )
     if promised:
         raise TransportError(
