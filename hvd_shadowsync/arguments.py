@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
 from hvd_shadowsync.checks import choice
+from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.replica import MERGES
 from hvd_shadowsync.rounds import RoundOptions
 
@@ -22,6 +24,34 @@ def check_optimizer(optimizer: Any) -> None:
         raise ValueError("optimizer is synchronised already; close() its handle (optimizer.shadow) first")
     if type(optimizer).__module__.startswith("horovod.") or hasattr(optimizer, "_allreduce_delay"):
         raise TypeError("optimizer is wrapped by Horovod already; pass the plain optimizer instead")
+
+
+def check_model(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise unless `model` is None or a module that has parameters of `optimizer`."""
+    if model is None:
+        return
+    if not isinstance(model, torch.nn.Module):
+        kind = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"model is {kind}; pass the torch.nn.Module itself, an instance")
+    known = {id(param) for param in model.parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if params and not any(id(param) in known for param in params):
+        raise ValueError("model has none of the optimizer's parameters; pass the model that the optimizer was made for")
+
+
+def check_communicator(communicator: Any) -> None:
+    """Raise unless `communicator` is None or one of ours."""
+    if communicator is not None and not isinstance(communicator, Communicator):
+        raise TypeError(
+            f"communicator is a {type(communicator).__name__}; pass one of hvd_shadowsync.comm, such as "
+            "hvd_shadowsync.comm.mpi.world(ranks), or leave it out for all ranks"
+        )
+
+
+def check_rounds_state(state: Any) -> None:
+    """Raise unless `state` is None, empty, or what `ShadowSync.state_dict` returned."""
+    if state and not (isinstance(state, Mapping) and {"algorithm", "state", "counters"} <= set(state)):
+        raise ValueError("the state of rounds has no algorithm, state and counters; pass what state_dict() returned")
 
 
 def round_options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hvd_shadowsync.arguments import check_rounds_state
 from hvd_shadowsync.errors import CheckpointError
 from hvd_shadowsync.optimizer import ShadowSync
 
@@ -34,9 +36,12 @@ def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync,
     failure = None
     if sync.rank == 0:
         try:
+            _require_loadable(extra)
             _write(Path(path), {"model": model.state_dict(), "optimizer": sync.optimizer.state_dict(), "extra": extra})
         except OSError as error:
             failure = f"{path} cannot be written ({error}); give a folder that exists and has room"
+        except CheckpointError as error:
+            failure = str(error)
     _raise_everywhere(sync, failure)
 
 
@@ -50,11 +55,12 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
     failure, content = None, {}
     try:
         content = read(path)
-        model.load_state_dict(content["model"])
         state = dict(content["optimizer"])
         rounds = state.pop("shadow_sync", None)
+        check_rounds_state(rounds)
+        model.load_state_dict(content["model"])
         sync.optimizer.load_state_dict(state)
-    except (CheckpointError, RuntimeError, ValueError, KeyError) as error:
+    except (CheckpointError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         failure = str(error) if isinstance(error, CheckpointError) else f"{path} does not fit the model: {error}"
     _raise_everywhere(sync, failure)
     sync.load_state_dict(rounds or None)
@@ -76,6 +82,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not {"model", "optimizer"} <= set(content):
         raise CheckpointError(f"{path} is no checkpoint: it has no 'model' and 'optimizer'; save with checkpoint.save")
     return dict(content)
+
+
+def _require_loadable(extra: Any) -> None:
+    """Raise now what would be found out at loading, where nothing but tensors and plain values is taken."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(extra, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"extra has something that could not be loaded again ({type(error).__name__}); give tensors, numbers, "
+            "strings, lists and dicts: float(x) for a numpy number, torch.from_numpy(x) for an array"
+        ) from error
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -26,6 +26,12 @@ def check_count(name: str, value: int, *, least: int) -> None:
         raise ValueError(f"{name}={value!r} is below {least}; give a whole number of at least {least}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Raise unless the argument `name` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is neither True nor False; give one of them")
+
+
 def choice(name: str, value: str, known: Sequence[str]) -> str:
     """Return `value` of the argument `name` if it is among the `known` ones."""
     if value not in known:

@@ -35,9 +35,13 @@ def name_state(optimizer: torch.optim.Optimizer, params: Iterable[NamedTensor]) 
         NamedTensor(f"{names[id(param)]}.{key}", value)
         for param, state in optimizer.state.items()
         for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided
+        if isinstance(value, Tensor) and _is_averaged(value)
     ]
     return sorted(found, key=lambda each: each.name)
+
+
+def _is_averaged(value: Tensor) -> bool:
+    return (value.is_floating_point() or value.is_complex()) and value.layout is torch.strided
 
 
 def checked_names(pairs: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

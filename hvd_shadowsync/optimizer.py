@@ -19,7 +19,7 @@ from hvd_shadowsync import agree, arguments
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.alike import start_alike, whole_model
 from hvd_shadowsync.average import average_in_place
-from hvd_shadowsync.checks import check_count, choice
+from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
@@ -115,6 +115,10 @@ class ShadowSync:
         self._apply = choice("apply", apply, APPLIES)
         self._initial = choice("initial_weights", initial_weights, INITIALS)
         check_count("warmup_steps", warmup_steps, least=0)
+        for name, flag in (("foreground", foreground), ("sparse_as_dense", sparse_as_dense)):
+            check_flag(name, flag)
+        arguments.check_model(model, optimizer)
+        arguments.check_communicator(communicator)
         arguments.check_combinations(self._options, apply, sync_every)
         if sync_buffers and model is None:
             raise ValueError("sync_buffers=True needs model=..., whose buffers they are; give it")
@@ -135,7 +139,7 @@ class ShadowSync:
         self._groups = _group_sizes(optimizer)
         self._replica = self._make_replica()
         if self.size > 1:
-            self._require_same(warmup_steps)
+            self._require_same(warmup_steps=warmup_steps, sparse_as_dense=sparse_as_dense)
             self._start()
             self._started = False
         self._attach()
@@ -169,6 +173,9 @@ class ShadowSync:
 
     def synchronize(self) -> None:
         """Make all replicas bit-identical: their mean, which becomes the anchor as well (collective).
+
+        A rank that waits here counts until its own steps have settled in the others' weights, and no longer: steps
+        that the others take meanwhile are not divided by it.
 
         Call it before evaluation and before saving. Raises `ShadowSyncError` if the shadow thread failed.
         """
@@ -208,7 +215,7 @@ class ShadowSync:
             return self._metrics.snapshot()
         self._require_open("metrics(merged=True)")
         self._meet()
-        return merge(self._comm.allgather_object(self._metrics.snapshot()))
+        return merge(self._exchange("metrics(merged=True)", self._metrics.snapshot()))
 
     def average_optimizer_state(self) -> None:
         """Replace floating-point optimizer state (momenta, sums of squares) by its mean over the ranks (collective).
@@ -220,7 +227,8 @@ class ShadowSync:
             return
         self._meet()
         found = name_state(self.optimizer, self._replica.params)
-        everywhere = set.intersection(*map(set, self._comm.allgather_object([each.describe() for each in found])))
+        described = self._exchange("average_optimizer_state()", [each.describe() for each in found])
+        everywhere = set.intersection(*map(set, described))
         shared = [each for each in found if each.describe() in everywhere]
         average_in_place(OwnerMean(self._comm, self._poller), shared, (1.0,) * self.size)
 
@@ -230,7 +238,7 @@ class ShadowSync:
         if self.size == 1:
             return [value]
         self._meet()
-        return list(self._comm.allgather_object(value))
+        return self._exchange("gather()", value)
 
     def state_dict(self) -> dict[str, Any]:
         """Consolidate, then return everything that rounds remember, by parameter name (collective).
@@ -247,6 +255,7 @@ class ShadowSync:
         Of another algorithm's `state` the counters are taken over, with a warning.
         """
         self._require_open("load_state_dict()")
+        arguments.check_rounds_state(state)
         if self.size == 1:
             self._remember(state)
             return
@@ -390,6 +399,7 @@ class ShadowSync:
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         rounds = state.pop(STATE_KEY, None) or None
+        arguments.check_rounds_state(rounds)
         if self.size == 1:
             self._remember(rounds)
             return
@@ -406,8 +416,8 @@ class ShadowSync:
         params, buffers = name_tensors(self.optimizer, self._model, self._names)
         return Replica(params, buffers if self._sync_buffers else [])
 
-    def _require_same(self, warmup_steps: int) -> None:
-        settings = {"pacing": self._pacing, "options": self._options, "warmup_steps": warmup_steps}
+    def _require_same(self, **more: Any) -> None:
+        settings = {"pacing": self._pacing, "options": self._options, **more}
         settings |= {"apply": self._apply, "initial_weights": self._initial, "sync_buffers": self._sync_buffers}
         tensors = self._replica.tensors + self._replica.integers
         lines = agree.describe_settings(settings) + agree.describe_tensors(tensors)
@@ -448,6 +458,18 @@ class ShadowSync:
             self._warmup.finish(self._replica.params, leaving=False)
             if not self._warmup.left:
                 self._begun().meet()
+
+    def _exchange(self, call: str, value: Any) -> list[Any]:
+        """Return every rank's `value` in the same call (collective).
+
+        Raises:
+            ShadowSyncError: the ranks are in different calls; raised on every rank.
+        """
+        calls, values = zip(*self._comm.allgather_object((call, value)), strict=True)
+        if len(set(calls)) > 1:
+            where = ", ".join(f"rank {rank} in {each}" for rank, each in enumerate(calls))
+            raise ShadowSyncError(f"the ranks meet in different calls: {where}; make them everywhere in the same order")
+        return list(values)
 
     def _finish_warmup(self, *, leaving: bool) -> None:
         self._get_ready(needed=True)
@@ -503,6 +525,8 @@ class ShadowSync:
             raise ShadowSyncError(f"{call} came after close(); make a new ShadowSync to go on")
 
     def _close_at_exit(self) -> None:
+        if mpi.is_forked():
+            return
         logger.info("close() was not called; taking part until all ranks are done")
         try:
             self.close()

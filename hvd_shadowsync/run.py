@@ -204,8 +204,9 @@ def _hosts(options: argparse.Namespace) -> tuple[Host, ...]:
         return ()
     try:
         return parse_hostfile(Path(options.hostfile).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LaunchError(f"--hostfile {options.hostfile} cannot be read ({error.strerror}); check its path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise LaunchError(f"--hostfile {options.hostfile} cannot be read ({reason}); check its path") from error
 
 
 def _variables(entries: Sequence[str], environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from hvd_shadowsync.errors import TransportError
 
 logger = logging.getLogger(__name__)
 
+_PROCESS = os.getpid()
 WORLD_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "MPI_LOCALNRANKS")
 MPI_TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.int64: "INT64_T"}
 
@@ -111,8 +112,15 @@ def end_job_on_exception(active: bool = True) -> None:
     sys.excepthook.active = active
 
 
+def is_forked() -> bool:
+    """Whether this process is a child of the one that imported the package: no rank, though it has a rank's memory."""
+    return os.getpid() != _PROCESS
+
+
 def end_job(why: str) -> None:
-    """End all ranks of the MPI job that this process belongs to; nothing where there is none."""
+    """End all ranks of the MPI job that this process is a rank of; nothing where there is none."""
+    if is_forked():
+        return
     mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
         return

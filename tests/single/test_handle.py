@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -31,7 +32,16 @@ from ranks_as_threads import (
 )
 from torch import Tensor
 
-from hvd_shadowsync import BMUF, ElasticAveraging, ModelAveraging, ReplicaMismatchError, ShadowSync, ShadowSyncError
+from hvd_shadowsync import (
+    BMUF,
+    CheckpointError,
+    ElasticAveraging,
+    ModelAveraging,
+    ReplicaMismatchError,
+    ShadowSync,
+    ShadowSyncError,
+    checkpoint,
+)
 from hvd_shadowsync import rounds as rounds_module
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm.base import Communicator
@@ -1335,3 +1345,92 @@ def test_counters_of_rank_0_go_on_while_a_round_is_in_flight() -> None:
     first, second = on_ranks(2, program)
     assert first == [*range(1, 31), 30]
     assert second[-1] == 30
+
+
+def test_meeting_in_different_calls_is_an_error_on_every_rank() -> None:
+    def program(comm: Communicator) -> str:
+        slopes = Slopes(comm.rank)
+        sync = ShadowSync(slopes.optimizer, communicator=comm, **FOREGROUND)
+        slopes.step()
+        with pytest.raises(ShadowSyncError, match="meet in different calls") as caught:
+            sync.gather("mine") if comm.rank == 0 else sync.average_optimizer_state()
+        return str(caught.value)
+
+    for message in on_ranks(2, program):
+        assert "rank 0 in gather(), rank 1 in average_optimizer_state()" in message
+
+
+def test_complex_optimizer_state_is_averaged() -> None:
+    def program(comm: Communicator) -> list[complex]:
+        weights = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        optimizer = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+        with ShadowSync(optimizer, communicator=comm, **NEVER) as sync:
+            weights.grad = torch.full((2,), 2.0 + 4.0j * comm.rank)
+            optimizer.step()
+            sync.average_optimizer_state()
+            return optimizer.state[weights]["momentum_buffer"].tolist()
+
+    assert on_ranks(2, program) == [[2 + 2j] * 2] * 2
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": 5}, TypeError, "model is a int; pass the torch.nn.Module itself"),
+        ({"model": torch.nn.Linear}, TypeError, "model is Linear; pass the torch.nn.Module itself, an instance"),
+        ({"model": torch.nn.Linear(2, 2)}, ValueError, "model has none of the optimizer's parameters; pass the model"),
+        ({"communicator": 5}, TypeError, "communicator is a int; pass one of hvd_shadowsync.comm"),
+        ({"foreground": "False"}, TypeError, "foreground='False' is neither True nor False"),
+        ({"sparse_as_dense": 1}, TypeError, "sparse_as_dense=1 is neither True nor False"),
+    ],
+)
+def test_arguments_that_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ShadowSync(sgd(make_model()), **{"communicator": Silent(), **arguments})
+
+
+@pytest.mark.parametrize("state", [{"foo": 1}, "abc", [1]])
+def test_a_state_that_is_none_of_rounds_is_refused(state: Any) -> None:
+    optimizer = sgd(make_model())
+    with ShadowSync(optimizer, communicator=Silent()) as sync:
+        with pytest.raises(ValueError, match="pass what state_dict\\(\\) returned"):
+            sync.load_state_dict(state)
+        with pytest.raises(ValueError, match="no algorithm, state and counters"):
+            optimizer.load_state_dict({**optimizer.state_dict(), "shadow_sync": state})
+
+
+# --- checkpoint files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": 5, "optimizer": 6},
+        {"model": {}, "optimizer": [1]},
+        {"model": {}, "optimizer": {"shadow_sync": {"foo": 1}}},
+        {"model": {}, "optimizer": {"foo": 1}},
+    ],
+    ids=str,
+)
+def test_a_file_of_another_kind_is_a_checkpoint_error_and_changes_nothing(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "file.pt")
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sync = ShadowSync(sgd(model), model=model, communicator=Silent())
+    with pytest.raises(CheckpointError, match=r"file\.pt does not fit the model"):
+        checkpoint.load(tmp_path / "file.pt", model, sync)
+    sync.close()
+    assert same(model.state_dict(), before)
+
+
+def test_what_could_not_be_loaded_again_is_refused_at_saving(tmp_path: Path) -> None:
+    model = make_model()
+    with ShadowSync(sgd(model), model=model, communicator=Silent()) as sync:
+        with pytest.raises(CheckpointError, match="extra has something that could not be loaded again"):
+            checkpoint.save(tmp_path / "file.pt", model, sync, extra={"seen": range(3)})
+        assert list(tmp_path.iterdir()) == []
+        checkpoint.save(tmp_path / "file.pt", model, sync, extra={"epoch": 3})
+        assert checkpoint.load(tmp_path / "file.pt", model, sync) == {"epoch": 3}
