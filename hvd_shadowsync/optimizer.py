@@ -177,10 +177,12 @@ class ShadowSync:
         A rank that waits here counts until its own steps have settled in the others' weights, and no longer: steps
         that the others take meanwhile are not divided by it.
 
-        Call it before evaluation and before saving. Raises `ShadowSyncError` if the shadow thread failed.
+        Call it before evaluation and before saving. Raises `ShadowSyncError` if the shadow thread failed, or if the
+        optimizer has other parameters in place of those that are synchronised.
         """
         self._require_open("synchronize()")
         if self.size > 1:
+            self._require_own_parameters()
             self._finish_warmup(leaving=False)
             if self._warmup.left:
                 self._start_alike(self._warmup.root)
@@ -392,6 +394,17 @@ class ShadowSync:
 
     def _count_step(self, *_: Any) -> None:
         self._metrics.steps += 1
+
+    def _require_own_parameters(self) -> None:
+        """Raise where parameters were replaced (not added), which no step looks for."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        known = self._replica.params
+        replaced = [each.name for each, param in zip(known, params, strict=False) if each.tensor is not param]
+        if len(params) == len(known) and replaced:
+            raise ShadowSyncError(
+                f"the optimizer has another parameter in place of {replaced[0]} ({len(replaced)} of {len(known)} were "
+                "replaced), which is not synchronised; close() the handle and make a new one after such a change"
+            )
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         if self.size > 1 or self._loaded is not None:

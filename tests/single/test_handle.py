@@ -413,6 +413,26 @@ def test_parameters_added_on_one_rank_only_are_an_error_on_all(
     on_ranks(2, program)
 
 
+def test_parameters_that_were_replaced_are_an_error() -> None:
+    def program(comm: Communicator) -> None:
+        model = make_model(batch_norm=False)
+        optimizer = sgd(model)
+        sync = ShadowSync(optimizer, model=model, communicator=comm, **BACKGROUND)
+        train(model, optimizer, 2, stream=comm.rank)
+        model[2] = torch.nn.Linear(5, 1)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        train(model, optimizer, 2, stream=comm.rank)
+        with pytest.raises(ShadowSyncError, match=r"in place of 2\.weight \(2 of 4 were replaced\).*make a new one"):
+            sync.synchronize()
+        sync.close()
+        with ShadowSync(optimizer, model=model, communicator=comm, **BACKGROUND) as sync:
+            train(model, optimizer, 2, stream=comm.rank)
+            sync.synchronize()
+            assert identical_everywhere(sync, model)
+
+    on_ranks(2, program)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
