@@ -85,13 +85,6 @@ def test_ranks_that_end_one_after_the_other(case: str, ranks: int, tmp_path: Pat
     assert through == list(range(ranks - case.startswith("exits")))
 
 
-def test_forked_children_disturb_nobody(tmp_path: Path) -> None:
-    outcome = run_case("forks", tmp_path).require_success()
-    assert [each["rank"] for each in outcome.events("trained")] == [0, 1]
-    assert outcome.errors.count("RuntimeError: the data of this rank are broken") == 2
-    assert "ends the job" not in outcome.errors
-
-
 @pytest.mark.parametrize("case", ["shadow_thread_fails", "shadow_thread_fails_in_hogwild"])
 def test_an_error_in_the_shadow_thread_is_raised_in_the_next_step(case: str, tmp_path: Path) -> None:
     outcome = run_case(case, tmp_path)

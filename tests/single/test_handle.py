@@ -44,6 +44,7 @@ from hvd_shadowsync import (
 )
 from hvd_shadowsync import rounds as rounds_module
 from hvd_shadowsync.algorithms import Algorithm
+from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
 from hvd_shadowsync.pacing import Pacing
@@ -1262,6 +1263,24 @@ def test_waiting_for_a_round_costs_a_few_looks(
 
     on_ranks(2, program)
     assert len(looks) < 20
+
+
+def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends a rank at exit, or the job after an exception, does nothing in a child."""
+
+    def program(comm: Communicator) -> None:
+        slopes = Slopes(comm.rank)
+        with ShadowSync(slopes.optimizer, communicator=comm, **BACKGROUND) as sync:
+            slopes.step()
+            comm.allgather_object("both have begun")
+            if comm.rank == 0:
+                with monkeypatch.context() as child:
+                    child.setattr(mpi, "_PROCESS", -1)
+                    sync._close_at_exit()
+                    mpi.end_job("of a child")
+                assert slopes.optimizer.shadow is sync
+
+    on_ranks(2, program)
 
 
 # --- calls that all ranks make ----------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -282,23 +281,6 @@ def shadow_thread_fails_and_the_script_exits() -> None:
     except RuntimeError as error:
         print(f"training failed: {error}", file=sys.stderr)
         sys.exit(5)
-
-
-# --- children -------------------------------------------------------------------------------------------------------
-
-
-def forks() -> None:
-    """Children that end like scripts do, one of them with an exception, are no ranks and disturb none."""
-    job, sync = wrapped()
-    job.steps(20)
-    for ending in (lambda: sys.exit(0), fail):
-        if (child := os.fork()) == 0:
-            ending()
-        assert os.waitpid(child, 0)[1] in (0, 256)
-    job.steps(20)
-    sync.synchronize()
-    sync.close()
-    ranks.say("trained", "to the end")
 
 
 # --- ended from outside ---------------------------------------------------------------------------------------------
