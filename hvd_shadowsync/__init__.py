@@ -4,12 +4,19 @@ from hvd_shadowsync.comm.tuning import tune_environment
 
 tune_environment()
 
-from hvd_shadowsync import checkpoint  # noqa: E402
+from hvd_shadowsync import checkpoint, embedding  # noqa: E402
 from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402
 from hvd_shadowsync.broadcast import broadcast_optimizer_state, broadcast_parameters  # noqa: E402
 from hvd_shadowsync.comm.mpi import end_job_on_exception  # noqa: E402
 from hvd_shadowsync.distributed import DistributedOptimizer  # noqa: E402
-from hvd_shadowsync.errors import CheckpointError, ReplicaMismatchError, ShadowSyncError, TransportError  # noqa: E402
+from hvd_shadowsync.embedding import EmbeddingTable, ShardedEmbeddingBag  # noqa: E402
+from hvd_shadowsync.errors import (  # noqa: E402
+    CheckpointError,
+    EmbeddingError,
+    ReplicaMismatchError,
+    ShadowSyncError,
+    TransportError,
+)
 from hvd_shadowsync.metrics import JsonLinesWriter, TensorBoardWriter  # noqa: E402
 from hvd_shadowsync.optimizer import ShadowSync  # noqa: E402
 
@@ -20,14 +27,18 @@ __all__ = [
     "CheckpointError",
     "DistributedOptimizer",
     "ElasticAveraging",
+    "EmbeddingError",
+    "EmbeddingTable",
     "JsonLinesWriter",
     "ModelAveraging",
     "ReplicaMismatchError",
     "ShadowSync",
     "ShadowSyncError",
+    "ShardedEmbeddingBag",
     "TensorBoardWriter",
     "TransportError",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "checkpoint",
+    "embedding",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.owned import is_owned
 from hvd_shadowsync.replica import Merge, NamedTensor, Replica
 
 
@@ -16,7 +17,8 @@ def whole_model(replica: Replica, model: torch.nn.Module | None, *, buffers: boo
     """Return what is synchronised, and what is not but has to start alike: frozen parameters, and other `buffers`."""
     known = {id(each.tensor) for each in replica.tensors + replica.integers}
     everything = {} if model is None else model.state_dict(keep_vars=True)
-    rest = [NamedTensor(n, t) for n, t in everything.items() if isinstance(t, Tensor) and id(t) not in known]
+    tensors = {n: t for n, t in everything.items() if isinstance(t, Tensor) and not is_owned(t)}
+    rest = [NamedTensor(n, t) for n, t in tensors.items() if id(t) not in known]
     if buffers:
         return [replica, Replica([], rest)]
     frozen = [each for each in rest if isinstance(each.tensor, torch.nn.Parameter)]

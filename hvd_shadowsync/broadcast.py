@@ -14,6 +14,7 @@ from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ReplicaMismatchError
+from hvd_shadowsync.owned import is_owned
 
 
 def broadcast_parameters(
@@ -25,7 +26,8 @@ def broadcast_parameters(
     """Give every rank the tensors of rank `root_rank`, in place (collective).
 
     Args:
-        params: `model.state_dict()` or `model.named_parameters()`; values that are no tensors are passed over.
+        params: `model.state_dict()` or `model.named_parameters()`; values that are no tensors are passed over, and so
+            are the shards of embedding tables, which each rank has for itself.
         root_rank: whose values to take; default 0.
         communicator: over which ranks; default all of MPI's.
 
@@ -33,7 +35,7 @@ def broadcast_parameters(
         ReplicaMismatchError: names, shapes or dtypes differ between the ranks; raised on every rank.
     """
     named = list(params.items()) if isinstance(params, Mapping) else list(params)
-    tensors = [(name, tensor) for name, tensor in named if isinstance(tensor, Tensor)]
+    tensors = [(name, tensor) for name, tensor in named if isinstance(tensor, Tensor) and not is_owned(tensor)]
     with _Borrowed(communicator) as comm:
         comm.check_root(root_rank)
         kinds = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]

@@ -17,3 +17,7 @@ class TransportError(ShadowSyncError):
 
 class CheckpointError(ShadowSyncError, ValueError):
     """A checkpoint cannot be read, or does not fit the model that it is loaded into."""
+
+
+class EmbeddingError(ShadowSyncError, ValueError):
+    """A lookup or update of sharded embeddings cannot go on; raised on every rank, with the rank that it is about."""

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from hvd_shadowsync.owned import is_owned
 from hvd_shadowsync.replica import NamedTensor
 
 
 def name_tensors(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module | None, named_parameters: Mapping[str, Tensor] | None
 ) -> tuple[list[NamedTensor], list[NamedTensor]]:
-    """Return the parameters that `optimizer` has, and the buffers of `model`, with names.
+    """Return the parameters that `optimizer` has, and the buffers of `model`, with names; not what a rank has for itself.
 
     Parameters that neither `model` nor `named_parameters` names are called after their place in the optimizer.
     """
@@ -25,7 +26,7 @@ def name_tensors(
             name = names.get(id(param), f"group{group_index}.{index}")
             params.append(NamedTensor(name, _usable(name, param)))
     buffers = model.named_buffers() if model is not None else []
-    return params, [NamedTensor(name, _usable(name, buffer)) for name, buffer in buffers]
+    return params, [NamedTensor(name, _usable(name, buffer)) for name, buffer in buffers if not is_owned(buffer)]
 
 
 def name_state(optimizer: torch.optim.Optimizer, params: Iterable[NamedTensor]) -> list[NamedTensor]:

@@ -23,6 +23,7 @@ from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.embedding.sharded import join_all
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
@@ -466,6 +467,7 @@ class ShadowSync:
 
     def _meet(self) -> None:
         """Wait until all ranks are in a call such as this one, taking part in what the others do (collective)."""
+        join_all(self._owner)
         self._get_ready(needed=False)
         if self._started:
             self._warmup.finish(self._replica.params, leaving=False)
@@ -485,6 +487,7 @@ class ShadowSync:
         return list(values)
 
     def _finish_warmup(self, *, leaving: bool) -> None:
+        join_all(self._owner)
         self._get_ready(needed=True)
         self._warmup.finish(self._replica.params, leaving=leaving)
 

@@ -22,10 +22,11 @@ MODULES = sorted(SOURCES)
 LAYERS = [
     ["errors", "checks"],
     ["comm"],
-    ["replica", "pacing", "metrics"],
+    ["replica", "pacing", "metrics", "owned"],
     ["algorithms"],
     ["reducers"],
     ["warmup", "average", "ballot", "agree", "alike", "names"],
+    ["embedding"],
     ["rounds"],
     ["arguments", "shadow"],
     ["optimizer"],

@@ -1,0 +1,399 @@
+// Look-up, gradient and fused update of embedding rows, for compiled.py, which calls these functions through ctypes.
+//
+// All arrays belong to the caller. A function runs without Python's lock, on up to `threads` threads. The same source is
+// compiled for several instruction sets; compiled.py loads the best one that the machine has.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int AHEAD = 24;  // ids between the prefetch of a row and its use
+constexpr int LINE = 64;   // bytes
+
+// Some bags of rows. Fields are filled in by compiled.py as int64, in this order.
+struct Bags {
+  char* rows;          // [num_rows, dim]
+  int64_t dim;
+  const char* ids;     // [num_ids] int32 or int64
+  int64_t wide;        // whether ids are int64
+  const int32_t* lengths;  // [num_bags]; null: one id a bag
+  const char* weights;     // [num_ids], of the rows' type; null: 1
+  int64_t num_bags;
+  int64_t num_ids;
+  char* vectors;       // one of `dim` a bag: what pooling writes, what gradients are read from
+  int64_t stride;      // elements from one vector to the next
+  int64_t add;         // pooling: whether to add to what is there
+  double scale;        // update: of these gradients
+};
+
+// What a rank holds of a table, and the bags that touch it in one step.
+struct Shard {
+  char* rows;
+  int64_t dim;
+  int64_t num_rows;
+  char* state0;
+  char* state1;
+  int64_t first_bags, last_bags;  // into the array of Bags
+};
+
+struct Rule {
+  int64_t kind;  // 0 SGD, 1 row-wise Adagrad, 2 Adagrad, 3 Adam
+  double lr, eps, beta0, beta1, correction;
+};
+
+inline void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(row + at, 0, 3);
+}
+
+template <typename T, typename I, int DIM>
+void pool_bags(const Bags& bags, int64_t first, int64_t last, int64_t at) {
+  const int64_t dim = DIM ? DIM : bags.dim;
+  const I* ids = reinterpret_cast<const I*>(bags.ids);
+  const T* rows = reinterpret_cast<const T*>(bags.rows);
+  const T* weights = reinterpret_cast<const T*>(bags.weights);
+  T* out = reinterpret_cast<T*>(bags.vectors);
+  for (int64_t bag = first; bag < last; ++bag) {
+    const int64_t end = at + (bags.lengths ? bags.lengths[bag] : 1);
+    T* target = out + bag * bags.stride;
+    T sum[DIM ? DIM : 1];
+    T* acc = DIM ? sum : target;
+    if (DIM) {
+      for (int64_t d = 0; d < dim; ++d) acc[d] = bags.add ? target[d] : T(0);
+    } else if (!bags.add) {
+      std::fill(target, target + dim, T(0));
+    }
+    for (; at < end; ++at) {
+      if (at + AHEAD < bags.num_ids)
+        prefetch_row(reinterpret_cast<const char*>(rows + int64_t(ids[at + AHEAD]) * dim), dim * sizeof(T));
+      const T* row = rows + int64_t(ids[at]) * dim;
+      if (weights) {
+        const T weight = weights[at];
+        for (int64_t d = 0; d < dim; ++d) acc[d] += weight * row[d];
+      } else {
+        for (int64_t d = 0; d < dim; ++d) acc[d] += row[d];
+      }
+    }
+    if (DIM)
+      for (int64_t d = 0; d < dim; ++d) target[d] = acc[d];
+  }
+}
+
+template <typename T, typename I>
+void pool_any(const Bags& bags, int64_t first, int64_t last, int64_t at) {
+  switch (bags.dim) {
+    case 8: return pool_bags<T, I, 8>(bags, first, last, at);
+    case 16: return pool_bags<T, I, 16>(bags, first, last, at);
+    case 32: return pool_bags<T, I, 32>(bags, first, last, at);
+    case 64: return pool_bags<T, I, 64>(bags, first, last, at);
+    case 128: return pool_bags<T, I, 128>(bags, first, last, at);
+    default: return pool_bags<T, I, 0>(bags, first, last, at);
+  }
+}
+
+template <typename T, typename I>
+void scatter_bags(const Bags& bags) {  // rows[id] += weight * vector of the bag
+  const int64_t dim = bags.dim;
+  const I* ids = reinterpret_cast<const I*>(bags.ids);
+  T* rows = reinterpret_cast<T*>(bags.rows);
+  const T* weights = reinterpret_cast<const T*>(bags.weights);
+  const T* vectors = reinterpret_cast<const T*>(bags.vectors);
+  int64_t at = 0;
+  for (int64_t bag = 0; bag < bags.num_bags; ++bag) {
+    const int64_t end = at + (bags.lengths ? bags.lengths[bag] : 1);
+    const T* vector = vectors + bag * bags.stride;
+    for (; at < end; ++at) {
+      T* row = rows + int64_t(ids[at]) * dim;
+      const T weight = weights ? weights[at] : T(1);
+      for (int64_t d = 0; d < dim; ++d) row[d] += weight * vector[d];
+    }
+  }
+}
+
+struct Touch {
+  uint32_t row;
+  uint32_t at;  // the bag, or with weights the place of the id
+};
+
+// Sorts by row; stable, so that the sum of a row's gradients has one order.
+void sort_touches(std::vector<Touch>& touches, std::vector<Touch>& spare, uint32_t num_rows) {
+  constexpr int BITS = 11, BUCKETS = 1 << BITS;
+  int bits = 1;
+  while (bits < 32 && (num_rows - 1) >> bits) ++bits;
+  const int passes = (bits + BITS - 1) / BITS, width = (bits + passes - 1) / passes;
+  spare.resize(touches.size());
+  uint32_t starts[BUCKETS];
+  for (int pass = 0; pass < passes; ++pass) {
+    const int shift = pass * width;
+    const uint32_t mask = (1u << width) - 1;
+    std::memset(starts, 0, sizeof(uint32_t) << width);
+    for (const Touch& touch : touches) ++starts[(touch.row >> shift) & mask];
+    uint32_t sum = 0;
+    for (uint32_t bucket = 0; bucket <= mask; ++bucket) {
+      const uint32_t count = starts[bucket];
+      starts[bucket] = sum;
+      sum += count;
+    }
+    for (const Touch& touch : touches) spare[starts[(touch.row >> shift) & mask]++] = touch;
+    touches.swap(spare);
+  }
+}
+
+template <typename T>
+struct Gradient {
+  const T* vector;
+  T scale;
+};
+
+template <typename T, int DIM>
+void apply(const Rule& rule, T* row, const T* grad, int64_t any_dim, T* state0, T* state1) {
+  const int64_t dim = DIM ? DIM : any_dim;
+  const T lr = T(rule.lr), eps = T(rule.eps);
+  if (rule.kind == 0) {
+    for (int64_t d = 0; d < dim; ++d) row[d] -= lr * grad[d];
+  } else if (rule.kind == 1) {
+    T squares = 0;
+    for (int64_t d = 0; d < dim; ++d) squares += grad[d] * grad[d];
+    *state0 += squares / T(dim);
+    const T factor = lr / (std::sqrt(*state0) + eps);
+    for (int64_t d = 0; d < dim; ++d) row[d] -= factor * grad[d];
+  } else if (rule.kind == 2) {
+    for (int64_t d = 0; d < dim; ++d) {
+      state0[d] += grad[d] * grad[d];
+      row[d] -= lr * grad[d] / (std::sqrt(state0[d]) + eps);
+    }
+  } else {
+    const T keep0 = T(1 - rule.beta0), keep1 = T(1 - rule.beta1), factor = T(rule.lr * rule.correction);
+    for (int64_t d = 0; d < dim; ++d) {
+      state0[d] += keep0 * (grad[d] - state0[d]);
+      state1[d] += keep1 * (grad[d] * grad[d] - state1[d]);
+      row[d] -= factor * state0[d] / (std::sqrt(state1[d]) + eps);
+    }
+  }
+}
+
+// Updates those rows of a shard that fall to one of `parts` threads, each once with the sum of its gradients.
+template <typename T, int DIM>
+void update_shard(const Shard& shard, const Bags* all, const Rule& rule, uint32_t part, uint32_t parts) {
+  static thread_local std::vector<Touch> touches, spare;
+  std::vector<Gradient<T>> gradients;  // of each bag, or with weights of each id
+  bool weighted = false;
+  for (int64_t s = shard.first_bags; s < shard.last_bags; ++s) weighted = weighted || all[s].weights;
+  touches.clear();
+  for (int64_t s = shard.first_bags; s < shard.last_bags; ++s) {
+    const Bags& bags = all[s];
+    const T* vectors = reinterpret_cast<const T*>(bags.vectors);
+    const T* weights = reinterpret_cast<const T*>(bags.weights);
+    const int32_t* narrow = reinterpret_cast<const int32_t*>(bags.ids);
+    const int64_t* wide = reinterpret_cast<const int64_t*>(bags.ids);
+    int64_t at = 0;
+    for (int64_t bag = 0; bag < bags.num_bags; ++bag) {
+      const int64_t end = at + (bags.lengths ? bags.lengths[bag] : 1);
+      const T* vector = vectors + bag * bags.stride;
+      if (!weighted) gradients.push_back({vector, T(bags.scale)});
+      for (; at < end; ++at) {
+        const uint32_t row = uint32_t(bags.wide ? wide[at] : narrow[at]);
+        if (parts > 1 && row % parts != part) continue;
+        if (weighted) gradients.push_back({vector, T(bags.scale) * (weights ? weights[at] : T(1))});
+        touches.push_back({row, uint32_t(gradients.size() - 1)});
+      }
+    }
+  }
+  if (touches.empty()) return;
+  sort_touches(touches, spare, uint32_t(shard.num_rows));
+  const int64_t dim = DIM ? DIM : shard.dim;
+  const bool per_weight = rule.kind >= 2;
+  T* rows = reinterpret_cast<T*>(shard.rows);
+  T* state0 = reinterpret_cast<T*>(shard.state0);
+  T* state1 = reinterpret_cast<T*>(shard.state1);
+  std::vector<T> any(DIM ? 0 : dim);
+  T fixed[DIM ? DIM : 1];
+  T* sum = DIM ? fixed : any.data();
+  const size_t count = touches.size();
+  for (size_t i = 0; i < count;) {
+    if (i + AHEAD < count) {
+      const int64_t next = touches[i + AHEAD].row;
+      prefetch_row(reinterpret_cast<const char*>(rows + next * dim), dim * sizeof(T));
+      if (state0) prefetch_row(reinterpret_cast<const char*>(state0 + (per_weight ? next * dim : next)), per_weight ? dim * sizeof(T) : 1);
+      if (state1) prefetch_row(reinterpret_cast<const char*>(state1 + next * dim), dim * sizeof(T));
+    }
+    const int64_t row = touches[i].row;
+    for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
+    for (; i < count && touches[i].row == row; ++i) {
+      const Gradient<T>& gradient = gradients[touches[i].at];
+      for (int64_t d = 0; d < dim; ++d) sum[d] += gradient.scale * gradient.vector[d];
+    }
+    const int64_t state_at = per_weight ? row * dim : row;
+    apply<T, DIM>(rule, rows + row * dim, sum, dim, state0 ? state0 + state_at : nullptr, state1 ? state1 + state_at : nullptr);
+  }
+}
+
+template <typename T>
+void update_any(const Shard& shard, const Bags* all, const Rule& rule, uint32_t part, uint32_t parts) {
+  switch (shard.dim) {
+    case 8: return update_shard<T, 8>(shard, all, rule, part, parts);
+    case 16: return update_shard<T, 16>(shard, all, rule, part, parts);
+    case 32: return update_shard<T, 32>(shard, all, rule, part, parts);
+    case 64: return update_shard<T, 64>(shard, all, rule, part, parts);
+    case 128: return update_shard<T, 128>(shard, all, rule, part, parts);
+    default: return update_shard<T, 0>(shard, all, rule, part, parts);
+  }
+}
+
+inline uint64_t mix(uint64_t id) { return id * 0x9E3779B97F4A7C15ull; }
+
+template <typename I>
+int64_t unique_ids(const I* ids, int64_t num_ids, int32_t* unique, int32_t* inverse) {
+  int bits = 4;
+  while ((int64_t(1) << bits) < 2 * num_ids) ++bits;
+  static thread_local std::vector<int32_t> slots;  // 1 + index into unique; 0: free
+  slots.assign(size_t(1) << bits, 0);
+  const uint64_t mask = (uint64_t(1) << bits) - 1;
+  int32_t found = 0;
+  for (int64_t i = 0; i < num_ids; ++i) {
+    const int32_t id = int32_t(ids[i]);
+    uint64_t at = mix(uint64_t(id)) >> (64 - bits);
+    while (slots[at] && unique[slots[at] - 1] != id) at = (at + 1) & mask;
+    if (!slots[at]) {
+      unique[found] = id;
+      slots[at] = ++found;
+    }
+    inverse[i] = slots[at] - 1;
+  }
+  return found;
+}
+
+template <typename I>
+int64_t first_outside(const I* ids, int64_t num_ids, int64_t num_rows) {
+  uint64_t bad = 0;
+  for (int64_t i = 0; i < num_ids; ++i) bad |= uint64_t(int64_t(ids[i])) >= uint64_t(num_rows);
+  if (!bad) return -1;
+  for (int64_t i = 0; i < num_ids; ++i)
+    if (uint64_t(int64_t(ids[i])) >= uint64_t(num_rows)) return i;
+  return -1;
+}
+
+// Where the rows of a table lie: its part, and the row within the part.
+struct Division {
+  int64_t hashed, num_rows, parts, multiplier;
+
+  inline void locate(int64_t id, int64_t& part, int64_t& row) const {
+    if (hashed) {
+      const int64_t hash = id * multiplier % num_rows;
+      part = hash % parts;
+      row = hash / parts;
+    } else {  // part k has the rows from num_rows * k / parts on
+      part = ((id + 1) * parts - 1) / num_rows;
+      row = id - num_rows * part / parts;
+    }
+  }
+};
+
+template <typename I>
+void split_ids(const I* ids, const int32_t* lengths, int64_t num_bags, const Division& division, int64_t* counts,
+               int32_t* rows, int32_t* part_lengths, int64_t* places) {
+  const int64_t parts = division.parts;
+  std::vector<int64_t> at(parts, 0), starts(parts, 0);
+  for (int64_t part = 1; part < parts; ++part) starts[part] = starts[part - 1] + counts[part - 1];
+  int64_t i = 0;
+  for (int64_t bag = 0; bag < num_bags; ++bag) {
+    for (int64_t part = 0; part < parts; ++part) part_lengths[part * num_bags + bag] = 0;
+    for (const int64_t end = i + (lengths ? lengths[bag] : 1); i < end; ++i) {
+      int64_t part, row;
+      division.locate(ids[i], part, row);
+      const int64_t place = starts[part] + at[part]++;
+      rows[place] = int32_t(row);
+      places[place] = i;
+      ++part_lengths[part * num_bags + bag];
+    }
+  }
+}
+
+template <typename I>
+void count_parts(const I* ids, int64_t num_ids, const Division& division, int64_t* counts) {
+  for (int64_t i = 0; i < num_ids; ++i) {
+    int64_t part, row;
+    division.locate(ids[i], part, row);
+    ++counts[part];
+  }
+}
+
+constexpr int64_t BLOCK = 256;  // bags that a thread pools at a time
+
+struct Block {
+  const Bags* bags;
+  int64_t first, last, at;
+};
+
+}  // namespace
+
+extern "C" {
+
+void shadow_pool(const Bags* all, int64_t count, int64_t is_double, int64_t threads) {
+  std::vector<Block> blocks;
+  for (int64_t s = 0; s < count; ++s) {
+    int64_t at = 0;
+    for (int64_t first = 0; first < all[s].num_bags; first += BLOCK) {
+      const int64_t last = std::min(first + BLOCK, all[s].num_bags);
+      blocks.push_back({&all[s], first, last, at});
+      for (int64_t bag = first; bag < last; ++bag) at += all[s].lengths ? all[s].lengths[bag] : 1;
+    }
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < int64_t(blocks.size()); ++b) {
+    const Block& block = blocks[b];
+    const Bags& bags = *block.bags;
+    if (is_double)
+      bags.wide ? pool_any<double, int64_t>(bags, block.first, block.last, block.at)
+                : pool_any<double, int32_t>(bags, block.first, block.last, block.at);
+    else
+      bags.wide ? pool_any<float, int64_t>(bags, block.first, block.last, block.at)
+                : pool_any<float, int32_t>(bags, block.first, block.last, block.at);
+  }
+}
+
+void shadow_scatter(const Bags* all, int64_t count, int64_t is_double, int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t s = 0; s < count; ++s) {
+    if (is_double)
+      all[s].wide ? scatter_bags<double, int64_t>(all[s]) : scatter_bags<double, int32_t>(all[s]);
+    else
+      all[s].wide ? scatter_bags<float, int64_t>(all[s]) : scatter_bags<float, int32_t>(all[s]);
+  }
+}
+
+void shadow_update(const Shard* shards, int64_t count, const Bags* all, const Rule* rule, int64_t is_double, int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < count * threads; ++task) {
+    const Shard& shard = shards[task / threads];
+    if (is_double)
+      update_any<double>(shard, all, *rule, uint32_t(task % threads), uint32_t(threads));
+    else
+      update_any<float>(shard, all, *rule, uint32_t(task % threads), uint32_t(threads));
+  }
+}
+
+int64_t shadow_unique(const void* ids, int64_t wide, int64_t num_ids, int32_t* unique, int32_t* inverse) {
+  return wide ? unique_ids(static_cast<const int64_t*>(ids), num_ids, unique, inverse)
+              : unique_ids(static_cast<const int32_t*>(ids), num_ids, unique, inverse);
+}
+
+int64_t shadow_first_outside(const void* ids, int64_t wide, int64_t num_ids, int64_t num_rows) {
+  return wide ? first_outside(static_cast<const int64_t*>(ids), num_ids, num_rows)
+              : first_outside(static_cast<const int32_t*>(ids), num_ids, num_rows);
+}
+
+void shadow_count_parts(const void* ids, int64_t wide, int64_t num_ids, const Division* division, int64_t* counts) {
+  wide ? count_parts(static_cast<const int64_t*>(ids), num_ids, *division, counts)
+       : count_parts(static_cast<const int32_t*>(ids), num_ids, *division, counts);
+}
+
+void shadow_split(const void* ids, int64_t wide, const int32_t* lengths, int64_t num_bags, const Division* division,
+                  int64_t* counts, int32_t* rows, int32_t* part_lengths, int64_t* places) {
+  wide ? split_ids(static_cast<const int64_t*>(ids), lengths, num_bags, *division, counts, rows, part_lengths, places)
+       : split_ids(static_cast<const int32_t*>(ids), lengths, num_bags, *division, counts, rows, part_lengths, places);
+}
+}

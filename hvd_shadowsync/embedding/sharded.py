@@ -1,0 +1,392 @@
+"""`ShardedEmbeddingBag`: embedding tables that live once, divided over all ranks."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+
+from hvd_shadowsync import agree
+from hvd_shadowsync.checks import check_count, check_flag, choice
+from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.embedding import kernels
+from hvd_shadowsync.embedding.exchange import Exchange, Lookup
+from hvd_shadowsync.embedding.inputs import Batch, read_batch
+from hvd_shadowsync.embedding.layout import Layout
+from hvd_shadowsync.embedding.optimizer import FusedOptimizer
+from hvd_shadowsync.embedding.optimizers import SparseOptimizer
+from hvd_shadowsync.embedding.placement import Placement, Plan
+from hvd_shadowsync.embedding.planner import plan as make_plan
+from hvd_shadowsync.embedding.prefetch import Prefetcher
+from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards
+from hvd_shadowsync.embedding.tables import EmbeddingTable, check_tables
+from hvd_shadowsync.embedding.worker import Worker
+from hvd_shadowsync.errors import EmbeddingError, ShadowSyncError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+OUTPUTS = ("concat", "dict")
+GRADIENTS = ("mean", "sum")
+WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
+
+_OPEN: weakref.WeakValueDictionary[int, ShardedEmbeddingBag] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class ShardedEmbeddingBag(nn.Module):
+    """Embedding tables of which every row exists once, on the rank that the plan gives it to.
+
+    A lookup sends ids to the rows' owners and gets pooled vectors back; backward sends gradients, and the owners update
+    their rows at once, each with its total gradient over all ranks. So there is nothing to synchronise, and no dense
+    optimizer has the rows: they are no parameters. Tables that the plan replicates are parameters, for the dense
+    optimizer and its wrapper.
+
+    Forward and backward are collective, and so are `join`, `close` and the saving and loading of whole tables: all
+    ranks make the same calls in the same order, in the training thread. Batches may differ in size and be empty. A rank
+    whose data are used up calls `join()`; the collective calls of `ShadowSync` do so by themselves.
+
+    Args:
+        tables: the tables.
+        plan: a `Plan`, a placement (or its strategy) by table name, or None (default): what `plan` finds balanced.
+        optimizer: `SGD`, `Adagrad`, `RowWiseAdagrad` or `Adam` of this package, with a learning rate; see
+            `fused_optimizer` for schedules.
+        output: "concat" (default): forward returns [batch, sum of dims], features in the order of the tables; "dict":
+            [batch, dim] by feature.
+        gradients: "mean" (default): losses are means over each rank's samples; a rank's gradients count as its share of
+            the samples of all, so that rows move as under one process with the whole batch. "sum": losses are sums, and
+            gradients are added up.
+        dtype: of the rows, torch.float32 (default) or torch.float64.
+        wire_dtype: torch.float16 or torch.bfloat16 for vectors and gradients on their way; default None, no change.
+        include_last_offset: as for `nn.EmbeddingBag`; default False.
+        kernel: "auto" (default), "compiled" or "plain".
+        seed: of the initial values; default 0.
+        communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
+        debug: each exchange also carries a fingerprint of the call; default False.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be; names it and the remedy.
+        ReplicaMismatchError: the ranks gave different arguments; raised on every rank.
+        TransportError: no usable MPI.
+
+    Source: the embedding parameter servers of Zheng et al. 2020, arXiv 2003.03477, placed on the trainers themselves.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingTable],
+        plan: Plan | Mapping[str, Placement | str] | None = None,
+        optimizer: SparseOptimizer | None = None,
+        *,
+        output: str = "concat",
+        gradients: str = "mean",
+        dtype: torch.dtype = torch.float32,
+        wire_dtype: torch.dtype | None = None,
+        include_last_offset: bool = False,
+        kernel: str = "auto",
+        seed: int = 0,
+        communicator: Communicator | None = None,
+        debug: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tables = check_tables(tables)
+        if not isinstance(optimizer, SparseOptimizer) or type(optimizer) is SparseOptimizer:
+            raise TypeError(
+                f"optimizer={optimizer!r} is no optimizer of rows; give "
+                "hvd_shadowsync.embedding.RowWiseAdagrad(lr=0.01), or SGD, Adagrad, Adam of the same module"
+            )
+        self._output, self._gradients = choice("output", output, OUTPUTS), choice("gradients", gradients, GRADIENTS)
+        if dtype not in ROW_DTYPES:
+            raise ValueError(f"dtype={dtype} is not supported; give torch.float32 or torch.float64")
+        if wire_dtype not in WIRE_DTYPES:
+            raise ValueError(f"wire_dtype={wire_dtype} is not supported; give torch.float16, torch.bfloat16 or None")
+        check_flag("include_last_offset", include_last_offset)
+        check_flag("debug", debug)
+        check_count("seed", seed, least=0)
+        if communicator is not None and not isinstance(communicator, Communicator):
+            raise TypeError(
+                f"communicator is a {type(communicator).__name__}; give a Communicator of this package, or None"
+            )
+        self._include_last_offset = include_last_offset
+        self._kernel = kernels.choose(kernel)
+        self._comm = mpi.world() if communicator is None else communicator.dup()
+        self.plan = _plan_of(self.tables, plan, self._comm.size, optimizer)
+        self._require_same(optimizer, dtype, wire_dtype, seed)
+        self._layout = Layout(self.plan)
+        self.fused_optimizer = FusedOptimizer(optimizer)
+        self.shards = Shards(self.plan, self._comm.rank, optimizer, dtype, seed)
+        self.replicated = nn.Module()
+        for index in self.plan.replicated:
+            self.replicated.register_parameter(
+                self.tables[index].name, _whole_table(self.tables[index], dtype, seed + index)
+            )
+        self._dtype, self._out_dtype, self._out_device = dtype, dtype, torch.device("cpu")
+        self._exchange = Exchange(
+            self._comm, self._layout, self.shards, self._kernel, Poller(spin_s=0.002),
+            wire_dtype=wire_dtype, sum_gradients=gradients == "sum", debug=debug,
+        )  # fmt: skip
+        self._closed = self._joined = self._trails = False
+        self._number, self._owner = next(_NUMBERS), threading.current_thread()
+        self._worker = Worker(f"shadow-embedding-{self._number}")
+        self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
+        _OPEN[self._number] = self
+        if self._comm.spans_processes and self._comm.size > 1:
+            atexit.register(_close_at_exit, weakref.ref(self))
+
+    @property
+    def rank(self) -> int:
+        """This rank, among those that hold the tables."""
+        return self._comm.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks that hold the tables."""
+        return self._comm.size
+
+    def forward(self, inputs: Any) -> Tensor | dict[str, Tensor]:
+        """Look up `inputs`, which `inputs.read_batch` describes; the output takes part in autograd (collective).
+
+        Returns:
+            [batch, sum of dims] or a dict of [batch, dim], of the tables' dtype, as `output` says.
+
+        Raises:
+            EmbeddingError: the input of a rank is wrong, or ranks make different calls; raised on every rank.
+        """
+        self._require_open("forward()")
+        trains = torch.is_grad_enabled()
+        if self._ahead:
+            lookup = self._looked_up_ahead(inputs)
+        else:
+            begin = self._begin(inputs, trains=trains)
+            self._worker.wait()
+            with torch.no_grad():
+                lookup = begin()
+        batch, vectors = lookup.batch, lookup.out
+        if trains:
+            order = list(batch.learned)
+            anchor = torch.empty(0, requires_grad=True)
+            weights = [batch.learned[index] for index in order]
+            vectors = _Exchanged.apply(anchor, self, lookup, order, *weights)  # type: ignore[no-untyped-call]
+        return self._finish(batch, vectors)
+
+    def prefetch(
+        self, loader: Iterable[T], inputs: Callable[[T], Any] | None = None, *, depth: int = 1
+    ) -> Prefetcher[T]:
+        """Return the batches of `loader`, looked up ahead: `for batch in embedding.prefetch(loader): ...`.
+
+        See `prefetch.Prefetcher` for the arguments, and for the staleness that `depth` brings.
+        """
+        return Prefetcher(self, loader, inputs, depth=depth)
+
+    def join(self) -> None:
+        """Begin to take part, without data, in what the others do, until all ranks are here (collective).
+
+        Returns at once: a thread serves the others. The next lookup waits until all have joined.
+        """
+        if self.size > 1 and not self._joined and not self._closed:
+            self._joined = True
+            self._worker.submit(lambda: self._exchange.serve_until_all_join(self._dtype))
+
+    def close(self) -> None:
+        """`join()`, wait for all, give the communicator back (collective; idempotent). Weights stay readable."""
+        if not self._closed:
+            self.join()
+            self._closed = True
+            _OPEN.pop(self._number, None)
+            try:
+                self._worker.wait()
+            finally:
+                self._worker.stop()
+            self._comm.free()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what this rank has sent, in bytes: ids, vectors, gradients; and in all per lookup."""
+        traffic = self._exchange.traffic
+        total = traffic.id_bytes + traffic.vector_bytes + traffic.gradient_bytes
+        return {
+            "lookups": traffic.lookups,
+            "updates": traffic.updates,
+            "id_bytes": traffic.id_bytes,
+            "vector_bytes": traffic.vector_bytes,
+            "gradient_bytes": traffic.gradient_bytes,
+            "bytes_per_step": total / max(traffic.lookups, 1),
+        }
+
+    def extra_repr(self) -> str:
+        """Return the number of tables, rows and ranks for the printed module."""
+        rows = sum(table.num_embeddings for table in self.tables)
+        return f"{len(self.tables)} tables, {rows} rows, rank {self.rank} of {self.size}, kernel={self._kernel.name}"
+
+    # --- ahead of the training thread: for `prefetch.Prefetcher` ------------------------------------------------------
+
+    def look_up_ahead(self, inputs: Any) -> None:
+        """Begin to look `inputs` up in another thread, for the forward that is given this very object (collective)."""
+        self._require_open("prefetch()")
+        self._ahead.append((inputs, self._worker.submit(self._begin(inputs, trains=torch.is_grad_enabled()))))
+
+    def no_more_ahead(self) -> None:
+        """Say that no lookup of this rank comes before the updates of those that were begun ahead."""
+        self._trails = bool(self._ahead)
+
+    def drop_ahead(self) -> None:
+        """Forget lookups that were begun ahead and not used."""
+        self._trails = False
+        while self._ahead:
+            self._worker.submit(functools.partial(self._leave_unused, self._ahead.popleft()[1]))
+
+    def _leave_unused(self, lookup: Future[Lookup]) -> None:
+        self._exchange.leave_unused(lookup.result())
+
+    def _looked_up_ahead(self, inputs: Any) -> Lookup:
+        expected, lookup = self._ahead[0]
+        if expected is not inputs:
+            raise EmbeddingError(
+                "forward got another object than the one that was looked up ahead; let prefetch's argument inputs=... "
+                "return the very object that the model passes on, and look up nothing else inside the loop"
+            )
+        self._ahead.popleft()
+        return lookup.result()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, inputs: Any, *, trains: bool) -> Callable[[], Lookup]:
+        """Read `inputs`; return what is to be done then, where a wrong input makes all ranks fail."""
+        self._joined = False
+        try:
+            batch = read_batch(
+                inputs, self._layout.features, self._dtype, self._kernel, include_last_offset=self._include_last_offset
+            )
+        except (TypeError, ValueError) as error:
+            return functools.partial(self._exchange.meetings.fail, str(error))
+        return lambda: self._exchange.lookup(batch, wants_gradient=trains, dtype=self._dtype)
+
+    def _backward(self, lookup: Lookup, gradient: Tensor) -> dict[int, Tensor]:
+        self._require_open("backward()")
+        gradient = gradient.detach().to("cpu", self._dtype)
+        rule, trails = self.fused_optimizer.rule, self._trails
+        self.fused_optimizer.step()
+        found = self._exchange.weight_gradients(lookup, gradient)
+        if self._ahead or trails:
+            self._worker.submit(lambda: self._update(lookup, gradient, rule, trails=trails))
+        else:
+            self._worker.wait()
+            with torch.no_grad():
+                self._update(lookup, gradient, rule, trails=False)
+        return found
+
+    def _update(self, lookup: Lookup, gradient: Tensor, rule: SparseOptimizer, *, trails: bool) -> None:
+        self.shards.rule = rule
+        self._exchange.update(lookup, gradient, trails=trails)
+
+    def _finish(self, batch: Batch, vectors: Tensor) -> Tensor | dict[str, Tensor]:
+        vectors = vectors.to(self._out_device, self._out_dtype)
+        if not self._layout.local and self._output == "concat":
+            return vectors
+        names = [feature.name for feature in self._layout.features]
+        found = {name: vectors[:, slice(*column)] for name, column in zip(names, self._layout.columns, strict=True)}
+        for index in self._layout.local:
+            found[names[index]] = self._look_up_locally(index, batch).to(self._out_device, self._out_dtype)
+        return found if self._output == "dict" else torch.cat(list(found.values()), 1)
+
+    def _look_up_locally(self, index: int, batch: Batch) -> Tensor:
+        table, bags = self._layout.features[index].table, batch.features[index]
+        weight = getattr(self.replicated, table.name)
+        ids, weights = bags.ids.to(weight.device), batch.learned.get(index, bags.weights)
+        ends = torch.arange(len(ids)) if bags.lengths is None else bags.lengths.cumsum(0) - bags.lengths
+        weights = None if weights is None else weights.to(weight.device, weight.dtype)
+        return embedding_bag(ids.long(), weight, ends.to(weight.device), mode=table.pooling, per_sample_weights=weights)
+
+    def _require_same(self, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None, seed: int) -> None:
+        if self.size > 1:
+            settings: dict[str, Any] = {f"table {table.name!r}": _described(table) for table in self.tables}
+            settings |= {"plan": self.plan.placements, "optimizer": rule, "gradients": self._gradients}
+            settings |= {"dtype": dtype, "wire_dtype": wire, "seed": seed}
+            agree.require_same(self._comm, agree.describe_settings(settings))
+
+    def _require_open(self, call: str) -> None:
+        if self._closed:
+            raise ShadowSyncError(f"{call} came after close(); make a new ShardedEmbeddingBag to go on")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedEmbeddingBag:
+        probe = fn(torch.empty(0, dtype=self._out_dtype, device=self._out_device))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._out_dtype, self._out_device = probe.dtype, probe.device
+        self._dtype = probe.dtype if probe.dtype in ROW_DTYPES else self._dtype
+        return self
+
+
+class _Exchanged(torch.autograd.Function):
+    """The vectors of a lookup; backward is the exchange of their gradients and the update of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, module: ShardedEmbeddingBag, lookup: Lookup, order: list[int], *weights: Tensor
+    ) -> Tensor:
+        ctx.module, ctx.lookup, ctx.order = module, lookup, order
+        return lookup.out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.lookup is None:
+            raise EmbeddingError("backward ran a second time through one lookup, whose rows are updated; look up again")
+        lookup, ctx.lookup = ctx.lookup, None
+        found = ctx.module._backward(lookup, gradient)
+        return (None, None, None, None, *(found[index] for index in ctx.order))
+
+
+def _plan_of(tables: tuple[EmbeddingTable, ...], plan: Any, size: int, rule: SparseOptimizer) -> Plan:
+    if plan is None:
+        return make_plan(tables, size, optimizer=rule)
+    if isinstance(plan, Plan):
+        if plan.tables != tables or plan.world_size != size:
+            raise ValueError(
+                f"plan is for {len(plan.tables)} tables and a world of {plan.world_size}, not these {len(tables)} tables "
+                f"and {size} ranks; make it anew with plan(tables, {size})"
+            )
+        return plan
+    if isinstance(plan, Mapping):
+        return Plan.of(tables, size, plan)
+    raise TypeError(f"plan is a {type(plan).__name__}; give a Plan, a dict of placements by table name, or None")
+
+
+def _described(table: EmbeddingTable) -> tuple[Any, ...]:
+    return (table.num_embeddings, table.embedding_dim, table.pooling, table.features)
+
+
+def _whole_table(table: EmbeddingTable, dtype: torch.dtype, seed: int) -> nn.Parameter:
+    weight = torch.empty(table.num_embeddings, table.embedding_dim, dtype=dtype)
+    with torch.no_grad():
+        table.init(weight, generator=torch.Generator().manual_seed(seed))
+    return nn.Parameter(weight)
+
+
+def _close_at_exit(reference: weakref.ref[ShardedEmbeddingBag]) -> None:
+    module = reference()
+    if module is None or mpi.is_forked():
+        return
+    try:
+        module.close()
+    except ShadowSyncError:
+        logger.exception("the exchange of embeddings ended with an error")
+        mpi.end_job("the exchange of embeddings failed")
+
+
+def join_all(owner: threading.Thread) -> None:
+    """`join()` every open `ShardedEmbeddingBag` that the thread `owner` made, in order (collective)."""
+    modules = [each for reference in _OPEN.valuerefs() if (each := reference()) is not None and each._owner is owner]
+    for module in sorted(modules, key=lambda each: each._number):
+        module.join()

@@ -1,0 +1,107 @@
+"""The rows that a rank holds, with their optimizer state beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hvd_shadowsync.embedding.kernels.base import Gradient, Kernel, Update
+from hvd_shadowsync.embedding.optimizers import Adagrad, RowWiseAdagrad, SparseOptimizer
+from hvd_shadowsync.embedding.placement import Plan, Shard
+from hvd_shadowsync.embedding.tables import EmbeddingTable
+from hvd_shadowsync.owned import mark_owned
+
+BLOCK_ROWS = 1 << 16
+ROW_DTYPES = (torch.float32, torch.float64)
+
+
+class Rows(NamedTuple):
+    """One shard's memory.
+
+    Attributes:
+        weight: [rows, dim].
+        state: by slot of the optimizer, [rows, dim] or [rows].
+        steps: [1] int64, updates so far.
+    """
+
+    weight: Tensor
+    state: dict[str, Tensor]
+    steps: Tensor
+
+
+class Shards(nn.Module):
+    """All shards of one rank. Weights and state are buffers: no dense optimizer sees them, `state_dict` has them.
+
+    They stay in host memory wherever the module goes; `.double()` and `.float()` convert them.
+    """
+
+    def __init__(self, plan: Plan, rank: int, rule: SparseOptimizer, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.owned = plan.of_rank(rank)
+        self.rule = rule
+        self._keys: list[str] = []
+        for shard in self.owned:
+            table = plan.tables[shard.table]
+            part = [each for each in plan.shards if each.table == shard.table].index(shard)
+            holder = nn.Module()
+            self._keys.append(f"{table.name}/{part}")
+            self.add_module(self._keys[-1], holder)
+            holder.register_buffer("weight", torch.empty(shard.rows.num_rows, shard.dim, dtype=dtype))
+            for name, per_weight in rule.slots.items():
+                shape = (shard.rows.num_rows, shard.dim) if per_weight else (shard.rows.num_rows,)
+                start = rule.initial_accumulator if isinstance(rule, (Adagrad, RowWiseAdagrad)) else 0.0
+                holder.register_buffer(name, torch.full(shape, start, dtype=dtype))
+            holder.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        for index, shard in enumerate(self.owned):
+            initialise(self[index].weight, shard, plan.tables[shard.table], seed + shard.table)
+        self._mark()
+
+    def __len__(self) -> int:
+        return len(self.owned)
+
+    def __getitem__(self, index: int) -> Rows:
+        buffers = self._modules[self._keys[index]]._buffers  # type: ignore[union-attr]
+        return Rows(buffers["weight"], {name: buffers[name] for name in self.rule.slots}, buffers["steps"])  # type: ignore[arg-type, misc]
+
+    def update(self, kernel: Kernel, gradients: list[list[Gradient]]) -> None:
+        """Take one step on every shard: `gradients` has a list for each."""
+        by_step: dict[int, list[Update]] = {}
+        for index, found in enumerate(gradients):
+            weight, state, steps = self[index]
+            steps += 1
+            by_step.setdefault(int(steps), []).append(Update(weight, tuple(state.values()), found))
+        for step, updates in by_step.items():
+            kernel.update(self.rule, step, updates)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shards:
+        wanted = fn(torch.empty(0, dtype=self[0].weight.dtype if len(self) else torch.float32)).dtype
+        if wanted in ROW_DTYPES:
+            for index in range(len(self)):
+                holder: Any = self._modules[self._keys[index]]
+                for name in ("weight", *self.rule.slots):
+                    holder._buffers[name] = holder._buffers[name].to(wanted)
+            self._mark()
+        return self
+
+    def _mark(self) -> None:
+        for buffer in self.buffers():
+            mark_owned(buffer)
+
+
+def initialise(weight: Tensor, shard: Shard, table: EmbeddingTable, seed: int) -> None:
+    """Fill `weight`, what `shard` holds of `table`, with values that depend on `seed` and the row alone."""
+    for first, block in _blocks(table, seed, weight.dtype):
+        ids, rows = shard.rows.within(first, first + len(block))
+        weight[rows] = block[ids - first, shard.columns[0] : shard.columns[1]]
+
+
+def _blocks(table: EmbeddingTable, seed: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    for first in range(0, table.num_embeddings, BLOCK_ROWS):
+        block = torch.empty(min(BLOCK_ROWS, table.num_embeddings - first), table.embedding_dim, dtype=dtype)
+        generator = torch.Generator().manual_seed(hash((seed, first)) & (2**63 - 1))
+        with torch.no_grad():
+            table.init(block, generator=generator)
+        yield first, block
