@@ -14,7 +14,7 @@ from hvd_shadowsync.replica import NamedTensor
 def name_tensors(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module | None, named_parameters: Mapping[str, Tensor] | None
 ) -> tuple[list[NamedTensor], list[NamedTensor]]:
-    """Return the parameters that `optimizer` has, and the buffers of `model`, with names; not what a rank has for itself.
+    """Return the parameters that `optimizer` has, and the buffers of `model` (but what a rank has alone), with names.
 
     Parameters that neither `model` nor `named_parameters` names are called after their place in the optimizer.
     """

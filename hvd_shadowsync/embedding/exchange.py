@@ -30,6 +30,8 @@ PIECE_WORDS = 3
 HAS_LENGTHS, HAS_WEIGHTS = 1, 2
 SEEN_AGAIN = 64
 """Lookups until ids of a piece are looked through for repetitions again, where that did not pay."""
+MOST_EXPONENT = 100
+"""Of the factor that half-precision gradients travel with; 2 to this is a float32."""
 OFTEN = 4
 """Ids a bag up to which they are always looked through."""
 
@@ -140,7 +142,7 @@ class Exchange:
         """
         gradient = self._of_sums(lookup, gradient)
         peak = gradient.abs().amax().item() if self._wire_dtype is torch.float16 and gradient.numel() else 0.0
-        exponent = 0 if not peak or not math.isfinite(peak) else 8 - math.frexp(peak)[1]
+        exponent = min(8 - math.frexp(peak)[1], MOST_EXPONENT) if peak and math.isfinite(peak) else 0
         while True:
             words = self._meet(Call.UPDATE, about=lookup.number, exponent=exponent, what="update", trails=trails)
             if takes_part(words[self._comm.rank], words):
@@ -148,15 +150,17 @@ class Exchange:
             self._serve(Call.LOOKUP, words, gradient.dtype)
         self._update(lookup, gradient, words)
 
-    def serve_until_all_join(self, dtype: torch.dtype) -> None:
-        """Take part in what the others do, without a batch, until all are here (collective)."""
+    def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
+        """Take part in what the others do, without a batch, until all are here, or all are closing (collective)."""
+        own = Call.CLOSE if closing else Call.JOIN
         while True:
-            words = self._meet(Call.JOIN)
+            words = self._meet(own)
             calls = {Call(word.call) for word in words if takes_part(word, words)}
-            if not calls:
+            if calls:
+                self._serve(calls.pop(), words, dtype)
+            elif not closing or all(word.call == Call.CLOSE for word in words):
                 self._served.clear()
                 return
-            self._serve(calls.pop(), words, dtype)
 
     def leave_unused(self, lookup: Lookup) -> None:
         """Say that `lookup` will have no gradient here; while this rank serves others, it counts as zero."""
@@ -276,7 +280,7 @@ class Exchange:
                     for piece, bags, view in zip(self._pieces[first:last], received[first:last], vectors, strict=True)
                 ]
             )
-            sending.append(self._send(buffer, source, VECTORS_TAG + number))
+            sending += self._send(buffer, source, VECTORS_TAG + number)
             self.traffic.vector_bytes += self._wire_bytes(buffer)
         return sending
 
@@ -350,14 +354,16 @@ class Exchange:
             self._kernel.scatter(scatterings)
             if exponent:
                 buffer *= 2.0**exponent
-            sending.append(self._send(buffer, owner, GRADIENTS_TAG + number))
+            sending += self._send(buffer, owner, GRADIENTS_TAG + number)
             self.traffic.gradient_bytes += self._wire_bytes(buffer)
         return sending
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
-    def _send(self, buffer: Tensor, dest: int, tag: int) -> Request:
-        return self._comm.isend(buffer if self._wire_dtype is None else buffer.to(self._wire_dtype), dest, tag)
+    def _send(self, buffer: Tensor, dest: int, tag: int) -> list[Request]:
+        if not len(buffer):
+            return []
+        return [self._comm.isend(buffer if self._wire_dtype is None else buffer.to(self._wire_dtype), dest, tag)]
 
     def _wire_bytes(self, buffer: Tensor) -> int:
         return buffer.numel() * (self._wire_dtype or buffer.dtype).itemsize
@@ -370,8 +376,8 @@ class Exchange:
             arriving[rank] = []
             for number, (first, last) in enumerate(_chunks(sizes, dtype)):
                 buffer = torch.empty(sum(sizes[first:last]), dtype=self._wire_dtype or dtype)
-                request = self._comm.irecv(buffer, rank, tag + number)
-                arriving[rank].append(_Chunk(first, last, buffer, [request]))
+                requests = [self._comm.irecv(buffer, rank, tag + number)] if len(buffer) else []
+                arriving[rank].append(_Chunk(first, last, buffer, requests))
         return arriving
 
     # --- means and weights --------------------------------------------------------------------------------------------
@@ -423,11 +429,11 @@ def _columns(vectors: Tensor, piece: Piece) -> Tensor:
 
 
 def _chunks(sizes: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Divide pieces into runs of at least `CHUNK_BYTES`, the last one excepted; runs without elements are left out."""
+    """Divide pieces into runs of at least `CHUNK_BYTES`, the last one excepted, which may even be without elements."""
     first = elements = 0
     for index, size in enumerate(sizes):
         elements += size
-        if elements * dtype.itemsize >= CHUNK_BYTES or (index == len(sizes) - 1 and elements):
+        if elements * dtype.itemsize >= CHUNK_BYTES or index == len(sizes) - 1:
             yield first, index + 1
             first, elements = index + 1, 0
 

@@ -27,6 +27,8 @@ class Call(enum.IntEnum):
     """Its input was wrong; the text follows."""
     GLOBAL = 5
     """Reading or writing whole tables."""
+    CLOSE = 6
+    """As JOIN, for good."""
 
 
 NAMES = {
@@ -35,7 +37,9 @@ NAMES = {
     Call.JOIN: "join()",
     Call.FAIL: "an error",
     Call.GLOBAL: "saving or loading",
+    Call.CLOSE: "close()",
 }
+SERVING = (Call.JOIN, Call.CLOSE)
 
 
 class Word(NamedTuple):
@@ -134,7 +138,8 @@ class Meetings:
             if word.call != first.call:
                 raise EmbeddingError(
                     f"rank {first_rank} is in {NAMES[Call(first.call)]} while rank {rank} is in "
-                    f"{NAMES[Call(word.call)]}; all ranks have to make the same calls in the same order (a rank without data calls join())"
+                    f"{NAMES[Call(word.call)]}; all ranks have to make the same calls in the "
+                    "same order (a rank without data calls join())"
                 )
             if word.about != first.about:
                 raise EmbeddingError(self._about(first_rank, first, rank, word))
@@ -165,6 +170,6 @@ class Meetings:
 
 def takes_part(word: Word, words: Sequence[Word]) -> bool:
     """Tell whether a rank that says `word` does something of its own in this meeting, or serves the others."""
-    if word.call == Call.JOIN:
+    if word.call in SERVING:
         return False
     return not (word.trails and any(each.call == Call.LOOKUP for each in words))

@@ -31,7 +31,7 @@ from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import Placement, Plan
 from hvd_shadowsync.embedding.planner import plan as make_plan
 from hvd_shadowsync.embedding.prefetch import Prefetcher
-from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards
+from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, whole_blocks
 from hvd_shadowsync.embedding.tables import EmbeddingTable, check_tables
 from hvd_shadowsync.embedding.worker import Worker
 from hvd_shadowsync.errors import EmbeddingError, ShadowSyncError
@@ -73,7 +73,7 @@ class ShardedEmbeddingBag(nn.Module):
         dtype: of the rows, torch.float32 (default) or torch.float64.
         wire_dtype: torch.float16 or torch.bfloat16 for vectors and gradients on their way; default None, no change.
         include_last_offset: as for `nn.EmbeddingBag`; default False.
-        kernel: "auto" (default), "compiled" or "plain".
+        kernel: what looks rows up and updates them: "auto" (default), "compiled" (ours), "fbgemm" or "plain" (torch).
         seed: of the initial values; default 0.
         communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
         debug: each exchange also carries a fingerprint of the call; default False.
@@ -139,11 +139,12 @@ class ShardedEmbeddingBag(nn.Module):
             self._comm, self._layout, self.shards, self._kernel, Poller(spin_s=0.002),
             wire_dtype=wire_dtype, sum_gradients=gradients == "sum", debug=debug,
         )  # fmt: skip
-        self._closed = self._joined = self._trails = False
+        self._closed = self._trails = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._worker = Worker(f"shadow-embedding-{self._number}")
         self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
         _OPEN[self._number] = self
+        self.register_state_dict_pre_hook(_wait_before_state)  # type: ignore[no-untyped-call]
         if self._comm.spans_processes and self._comm.size > 1:
             atexit.register(_close_at_exit, weakref.ref(self))
 
@@ -195,19 +196,23 @@ class ShardedEmbeddingBag(nn.Module):
     def join(self) -> None:
         """Begin to take part, without data, in what the others do, until all ranks are here (collective).
 
-        Returns at once: a thread serves the others. The next lookup waits until all have joined.
+        Returns at once: a thread serves the others. The next lookup waits until all have joined, and so does `wait()`.
         """
-        if self.size > 1 and not self._joined and not self._closed:
-            self._joined = True
-            self._worker.submit(lambda: self._exchange.serve_until_all_join(self._dtype))
+        if self.size > 1 and not self._closed:
+            self._worker.submit(lambda: self._exchange.serve(self._dtype, closing=False))
+
+    def wait(self) -> None:
+        """Return when all that was begun in the background is done: after `join()`, when all ranks have joined."""
+        self._worker.wait()
 
     def close(self) -> None:
         """`join()`, wait for all, give the communicator back (collective; idempotent). Weights stay readable."""
         if not self._closed:
-            self.join()
             self._closed = True
             _OPEN.pop(self._number, None)
             try:
+                if self.size > 1:
+                    self._worker.submit(lambda: self._exchange.serve(self._dtype, closing=True))
                 self._worker.wait()
             finally:
                 self._worker.stop()
@@ -265,7 +270,6 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _begin(self, inputs: Any, *, trains: bool) -> Callable[[], Lookup]:
         """Read `inputs`; return what is to be done then, where a wrong input makes all ranks fail."""
-        self._joined = False
         try:
             batch = read_batch(
                 inputs, self._layout.features, self._dtype, self._kernel, include_last_offset=self._include_last_offset
@@ -348,14 +352,20 @@ class _Exchanged(torch.autograd.Function):
         return (None, None, None, None, *(found[index] for index in ctx.order))
 
 
+def _wait_before_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    assert isinstance(module, ShardedEmbeddingBag)
+    if not keep_vars:  # with keep_vars it is no copy in time anyway
+        module.wait()
+
+
 def _plan_of(tables: tuple[EmbeddingTable, ...], plan: Any, size: int, rule: SparseOptimizer) -> Plan:
     if plan is None:
         return make_plan(tables, size, optimizer=rule)
     if isinstance(plan, Plan):
         if plan.tables != tables or plan.world_size != size:
             raise ValueError(
-                f"plan is for {len(plan.tables)} tables and a world of {plan.world_size}, not these {len(tables)} tables "
-                f"and {size} ranks; make it anew with plan(tables, {size})"
+                f"plan is for {len(plan.tables)} tables and a world of {plan.world_size}, not these {len(tables)} "
+                f"tables and {size} ranks; make it anew with plan(tables, {size})"
             )
         return plan
     if isinstance(plan, Mapping):
@@ -368,10 +378,7 @@ def _described(table: EmbeddingTable) -> tuple[Any, ...]:
 
 
 def _whole_table(table: EmbeddingTable, dtype: torch.dtype, seed: int) -> nn.Parameter:
-    weight = torch.empty(table.num_embeddings, table.embedding_dim, dtype=dtype)
-    with torch.no_grad():
-        table.init(weight, generator=torch.Generator().manual_seed(seed))
-    return nn.Parameter(weight)
+    return nn.Parameter(torch.cat([block for _, block in whole_blocks(table, seed, dtype)]))
 
 
 def _close_at_exit(reference: weakref.ref[ShardedEmbeddingBag]) -> None:

@@ -93,12 +93,13 @@ class Shards(nn.Module):
 
 def initialise(weight: Tensor, shard: Shard, table: EmbeddingTable, seed: int) -> None:
     """Fill `weight`, what `shard` holds of `table`, with values that depend on `seed` and the row alone."""
-    for first, block in _blocks(table, seed, weight.dtype):
+    for first, block in whole_blocks(table, seed, weight.dtype):
         ids, rows = shard.rows.within(first, first + len(block))
         weight[rows] = block[ids - first, shard.columns[0] : shard.columns[1]]
 
 
-def _blocks(table: EmbeddingTable, seed: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def whole_blocks(table: EmbeddingTable, seed: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Yield the initial values of a table in blocks of whole rows: (first row, [rows, dim])."""
     for first in range(0, table.num_embeddings, BLOCK_ROWS):
         block = torch.empty(min(BLOCK_ROWS, table.num_embeddings - first), table.embedding_dim, dtype=dtype)
         generator = torch.Generator().manual_seed(hash((seed, first)) & (2**63 - 1))

@@ -37,8 +37,11 @@ LAYERS = [
 """Parts of the package, the lowest layer first; a part is a module or a folder."""
 
 WITHOUT_TORCH = ["errors", "checks", "comm.poll", "comm.tuning", "pacing", "metrics", "command", "run", "doctor"]
-MPI4PY = {"comm.mpi", "__main__"}
-HOROVOD = {"torch", "__main__"}
+OPTIONAL = {
+    "mpi4py": {"comm.mpi", "__main__"},
+    "horovod": {"torch", "__main__"},
+    "fbgemm_gpu": {"embedding.kernels.fbgemm"},
+}
 
 
 def short(module: str) -> str:
@@ -130,7 +133,7 @@ def test_tensorboard_is_imported_where_it_is_needed() -> None:
     assert "torch" not in outside(f"{PACKAGE}.metrics", everywhere=False)
 
 
-@pytest.mark.parametrize(("library", "users"), [("mpi4py", MPI4PY), ("horovod", HOROVOD)])
+@pytest.mark.parametrize(("library", "users"), list(OPTIONAL.items()))
 def test_optional_libraries_are_imported_in_few_places(library: str, users: set[str]) -> None:
     assert {short(module) for module in MODULES if library in outside(module)} == users
 
@@ -144,7 +147,7 @@ def test_mpi_and_horovod_are_not_needed_to_import_anything_but_the_drop_in() -> 
 
 
 def test_nothing_else_is_needed() -> None:
-    allowed = {"torch", "mpi4py", "horovod"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "mpi4py", "horovod", "safetensors", "fbgemm_gpu"} | set(sys.stdlib_module_names)
     assert {name for module in MODULES for name in outside(module)} <= allowed
 
 
@@ -153,7 +156,7 @@ import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"horovod", "tensorboard"}:
+        if name.split(".")[0] in {"horovod", "tensorboard", "fbgemm_gpu"}:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Blocked())

@@ -129,6 +129,8 @@ class CompiledKernel(Kernel):
 
 
 def _rule(rule: SparseOptimizer, step: int) -> ctypes.Array[ctypes.c_char]:
+    if type(rule) not in RULES:
+        raise TypeError(f"{type(rule).__name__} is not known to the compiled kernel")
     eps, betas, correction = 0.0, (0.0, 0.0), 1.0
     if isinstance(rule, (Adagrad, RowWiseAdagrad)):
         eps = rule.eps

@@ -59,8 +59,9 @@ class PlainKernel(Kernel):
             else:
                 ends = _ends(bags)
                 pooled = embedding_bag(bags.ids.long(), rows, ends, mode="sum", per_sample_weights=bags.weights)
-            out += pooled if add else 0
-            if not add:
+            if add:
+                out += pooled
+            else:
                 out.copy_(pooled)
 
     def scatter(self, scatterings: Sequence[Scattering]) -> None:

@@ -1,0 +1,495 @@
+"""Sharded embeddings on disk: each rank writes what it holds; any world size, any plan and plain scripts read it.
+
+A folder holds `index.json` and safetensors files. The index says where the rows of each table are; the files of one
+save have an identifier of their own in their names, so those that an older index speaks of stay as they are until the
+new index takes its place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hvd_shadowsync.checks import check_count
+from hvd_shadowsync.embedding.optimizers import SparseOptimizer
+from hvd_shadowsync.embedding.placement import RowHash, RowRange, Shard
+from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
+from hvd_shadowsync.embedding.tables import EmbeddingTable
+from hvd_shadowsync.embedding.whole import (
+    BLOCK_ROWS,
+    WEIGHT,
+    Holding,
+    agree,
+    compact,
+    enter,
+    holdings,
+    put,
+    reset_state,
+    shared_rows,
+)
+from hvd_shadowsync.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.json"
+FORMAT, VERSION = "hvd_shadowsync.embedding", 1
+FILE_BYTES = 1 << 30
+OURS = re.compile(r"\.?rows-([0-9a-f]{12})-\d+-\d+\.safetensors(\.tmp)?")
+Folder = str | os.PathLike[str]
+_Described = dict[str, Any]
+
+
+def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
+    """Write the tables and their optimizer state; each rank what it holds (collective; training thread).
+
+    What an earlier save wrote into `folder` stays valid until all of this one is on disk, and is then removed; a save
+    that fails or is killed changes nothing that could be read. Of replicated tables there are the weights of rank 0
+    (`ShadowSync.synchronize()` makes them the same everywhere); their state is the dense optimizer's.
+
+    Args:
+        folder: on a file system that all ranks see; for these tables alone. It is made where its parent exists.
+        module: the tables.
+
+    Raises:
+        CheckpointError: a rank could not write, or rank 0 does not see its files; raised on every rank, names it.
+        EmbeddingError: ranks make different calls.
+        ShadowSyncError: `module` is closed.
+    """
+    enter(module, "save()")
+    folder = Path(folder)
+    generation = agree(module, "save(): begun", None, uuid.uuid4().hex[:12])[0]
+    try:
+        failure, written = _trying(folder, lambda: _write_shards(folder, generation, module))
+        everyone = agree(module, "save(): written", failure, written)
+        if module.rank == 0:
+            failure, _ = _trying(folder, lambda: _write_index(folder, generation, module, everyone))
+        agree(module, "save(): complete", failure)
+    except CheckpointError:  # no rank has replaced the index
+        _remove(folder, lambda found: found == generation)
+        raise
+    if module.rank == 0:
+        _flush(folder)
+        _remove(folder, lambda found: found != generation)
+
+
+def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
+    """Read what `save` wrote, at any world size and with any plan; each rank its rows (collective; training thread).
+
+    float32 and float64 are converted. State is taken where the optimizer is of the same kind, and begins anew
+    otherwise (rank 0 logs a warning); where columns are divided in another way, `RowWiseAdagrad`'s sums become means as
+    in `load_global_state_dict`. Learning rate and other settings stay those of `module`. Replicated tables are ordinary
+    parameters: after the first step a `ShadowSync` has to be told of new values (`load_state_dict(None)`).
+
+    Raises:
+        CheckpointError: a rank finds no checkpoint, or it is damaged, or other than that of the other ranks, or has not
+            just these tables in these sizes; raised on every rank. Index and heads of files are looked at before
+            anything is changed.
+        EmbeddingError: ranks make different calls.
+        ShadowSyncError: `module` is closed.
+    """
+    enter(module, "load()")
+    folder = Path(folder)
+    failure, reader = _trying(folder, lambda: _Reader(folder).examined(module))
+    generations = agree(module, "load(): looked at", failure, reader and reader.generation)
+    if others := [rank for rank, each in enumerate(generations) if each != generations[0]]:
+        raise CheckpointError(
+            f"rank 0 and rank {others[0]} find different checkpoints in {folder}; give a folder that all hosts see, "
+            "and do not save into it meanwhile"
+        )
+    assert reader is not None
+    failure, _ = _trying(folder, lambda: reader.fill_all(module))
+    agree(module, "load(): loaded", failure)
+    if module.rank == 0 and (anew := reader.without_state(module)):
+        logger.warning("the optimizer's state begins anew for %s: %s has none that fits", ", ".join(anew), folder)
+
+
+def read(folder: Folder, table: str, *, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
+    """Iterate over the rows of one table in a checkpoint: (id of the first row, weights [rows, dim]); needs no MPI.
+
+    Rows of "row-wise hashed" tables lie scattered in their files: `load_into` reads them faster from a disk.
+
+    Args:
+        folder: of `save`.
+        table: its name.
+        block_rows: at most so many rows a block; default 65536.
+
+    Raises:
+        CheckpointError: there is no such table, or the checkpoint is missing or damaged; partly while iterating.
+        TypeError, ValueError: `block_rows` is no count.
+    """
+    check_count("block_rows", block_rows, least=1)
+    reader = _Reader(Path(folder))
+    found = reader.table(table)
+    starts = range(0, found.shape[0], block_rows)
+    return ((first, reader.rows(found, first, min(first + block_rows, found.shape[0]))) for first in starts)
+
+
+def load_into(folder: Folder, targets: Mapping[str, nn.EmbeddingBag | nn.Embedding | Tensor]) -> None:
+    """Copy whole tables of a checkpoint into plain modules or parameters, by table name; needs no MPI.
+
+    Args:
+        folder: of `save`.
+        targets: `nn.EmbeddingBag`, `nn.Embedding` or a tensor [rows, dim] for some or all tables, on any device.
+
+    Raises:
+        CheckpointError: a table is unknown, a shape differs, or the checkpoint is missing or damaged. Index and heads
+            of files are looked at before anything is changed.
+        TypeError: a target is none of these.
+    """
+    reader, found = _Reader(Path(folder)), []
+    for name, target in targets.items():
+        weight = target.weight if isinstance(target, (nn.EmbeddingBag, nn.Embedding)) else target
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"targets[{name!r}] is a {type(target).__name__}; give an nn.EmbeddingBag, nn.Embedding or nn.Parameter"
+            )
+        table = reader.table(name)
+        if tuple(weight.shape) != table.shape:
+            raise CheckpointError(
+                f"targets[{name!r}] has shape {tuple(weight.shape)}, table {name!r} in {folder} has {table.shape}; "
+                "make it of that size"
+            )
+        shard = Shard(0, 0, RowRange(0, table.shape[0]), (0, table.shape[1]))
+        found.append((table, Holding(shard, {WEIGHT: weight.detach()}, None)))
+        reader.examine(table, found[-1][1], WEIGHT)
+    for table, holding in found:
+        reader.fill(table, holding, WEIGHT)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_shards(folder: Path, generation: str, module: ShardedEmbeddingBag) -> list[_Described]:
+    """Write what this rank holds; return what the index says of it."""
+    with suppress(FileExistsError):
+        folder.mkdir()
+    described, writer = [], _Writer(folder, generation, module.rank)
+    for holding in holdings(module):
+        if holding.steps is None and module.rank:
+            continue
+        tensors: dict[str, list[_Described]] = {slot: [] for slot in holding.slots}
+        for slot, tensor in holding.slots.items():
+            rows = max(1, FILE_BYTES // tensor[:1].nbytes)
+            for first in range(0, len(tensor), rows):
+                key = f"{module.tables[holding.shard.table].name}/{slot}/{first}"
+                tensors[slot].append(writer.add(key, first, tensor[first : first + rows].cpu().contiguous()))
+        described.append({
+            "table": holding.shard.table,
+            "rank": module.rank,
+            "rows": asdict(holding.shard.rows),
+            "columns": holding.shard.columns,
+            "steps": None if holding.steps is None else int(holding.steps),
+            "dtype": str(holding.slots[WEIGHT].dtype).removeprefix("torch."),
+            "tensors": tensors,
+        })  # fmt: skip
+    writer.flush()
+    _flush(folder)
+    return described
+
+
+class _Writer:
+    """Fills files up to `FILE_BYTES`, one after the other, each under a temporary name until it is on disk."""
+
+    def __init__(self, folder: Path, generation: str, rank: int) -> None:
+        self._folder, self._generation, self._rank, self._number = folder, generation, rank, 0
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, key: str, first: int, tensor: Tensor) -> _Described:
+        """Have `tensor` written; return where it will be."""
+        if self._tensors and sum(each.nbytes for each in self._tensors.values()) + tensor.nbytes > FILE_BYTES:
+            self.flush()
+        self._tensors[key] = tensor
+        return {"file": self._name(), "key": key, "first_row": first, "num_rows": len(tensor)}
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if self._tensors:
+            with _whole(self._folder / self._name()) as temporary:
+                save_file(self._tensors, temporary, metadata={"generation": self._generation})
+            self._tensors, self._number = {}, self._number + 1
+
+    def _name(self) -> str:
+        return f"rows-{self._generation}-{self._rank:05d}-{self._number:05d}.safetensors"
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give the name to write under; what was written is on disk as `path` at the end of a block that did not fail."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_index(folder: Path, generation: str, module: ShardedEmbeddingBag, everyone: list[list[_Described]]) -> None:
+    for rank, written in enumerate(everyone):
+        for file in {piece["file"] for each in written for pieces in each["tensors"].values() for piece in pieces}:
+            if not (folder / file).exists():
+                raise CheckpointError(f"{folder} has no {file} of rank {rank}; give a folder that all hosts see")
+    rule = module.fused_optimizer.rule
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "generation": generation,
+        "world_size": module.size,
+        "optimizer": {"name": type(rule).__name__, "settings": asdict(rule), "slots": rule.slots},
+        "tables": [_table_described(index, table, everyone) for index, table in enumerate(module.tables)],
+    }
+    with _whole(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _table_described(index: int, table: EmbeddingTable, everyone: list[list[_Described]]) -> _Described:
+    return {
+        "name": table.name,
+        "num_embeddings": table.num_embeddings,
+        "embedding_dim": table.embedding_dim,
+        "pooling": table.pooling,
+        "features": table.features,
+        "shards": [each for written in everyone for each in written if each["table"] == index],
+    }
+
+
+def _remove(folder: Path, which: Callable[[str], bool]) -> None:
+    """Remove files of the generations that `which` wants; those that cannot be removed stay."""
+    if not folder.is_dir():
+        return
+    try:
+        for path in folder.iterdir():
+            if (found := OURS.fullmatch(path.name)) and which(found[1]):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("files that are not needed stay in %s: %s", folder, error)
+
+
+def _flush(folder: Path) -> None:
+    """Have the names in `folder` on disk, where the file system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _trying(folder: Path, task: Callable[[], Any]) -> tuple[str | None, Any]:
+    """Return what went wrong in `task`, or None, and what it returned."""
+    try:
+        return None, task()
+    except CheckpointError as error:
+        return str(error), None
+    except (OSError, SafetensorError) as error:
+        return f"{folder} cannot be used ({error}); give a folder whose parent exists, with room and access", None
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """Consecutive rows of a shard, in one tensor of a file."""
+
+    file: str
+    key: str
+    first_row: int
+    num_rows: int
+
+
+class _Saved(NamedTuple):
+    """What one rank had of a table; `steps` is None where that has no optimizer state."""
+
+    rows: RowRange | RowHash
+    columns: tuple[int, int]
+    steps: int | None
+    tensors: dict[str, list[_Piece]]
+
+
+class _Table(NamedTuple):
+    """What the index says of a table."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    shards: list[_Saved]
+
+
+class _Reader:
+    """A checkpoint: its index, and its files as far as they are needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        content = _read_index(folder / INDEX)
+        try:
+            self.generation = str(content["generation"])
+            self._optimizer = str(content["optimizer"]["name"])
+            self._per_weight = {WEIGHT: True, **content["optimizer"]["slots"]}
+            tables = [_table_of(each, self._per_weight) for each in content["tables"]]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{folder / INDEX} is damaged ({what}); use another checkpoint") from error
+        self._tables = {table.name: table for table in tables}
+
+    def table(self, name: str) -> _Table:
+        """Return a table by name."""
+        if name not in self._tables:
+            raise CheckpointError(f"{self._folder} has no table {name!r}; it has {', '.join(self._tables)}")
+        return self._tables[name]
+
+    def examined(self, module: ShardedEmbeddingBag) -> _Reader:
+        """Return this reader if it has all that `module` needs."""
+        for each in module.tables:
+            found, wanted = self.table(each.name).shape, (each.num_embeddings, each.embedding_dim)
+            if found != wanted:
+                raise CheckpointError(
+                    f"table {each.name!r} is {wanted}, {found} in {self._folder}; make it of that size"
+                )
+        if unknown := self._tables.keys() - {each.name for each in module.tables}:
+            raise CheckpointError(f"{self._folder} has table {min(unknown)!r}, which is none here; make it as well")
+        for table, holding, slots in self._wanted(module):
+            for slot in slots:
+                self.examine(table, holding, slot)
+        return self
+
+    def fill_all(self, module: ShardedEmbeddingBag) -> None:
+        """Read all that this rank holds."""
+        for table, holding, slots in self._wanted(module):
+            for slot in slots:
+                self.fill(table, holding, slot)
+            if not self._fits(table, module.shards.rule):
+                reset_state(holding, module.shards.rule)
+            elif holding.steps is not None:
+                holding.steps.fill_(max(shard.steps or 0 for shard in table.shards))
+
+    def without_state(self, module: ShardedEmbeddingBag) -> list[str]:
+        """Return the names of the tables that need state which is not there."""
+        rule, divided = module.shards.rule, {shard.table for shard in module.plan.shards}
+        names = [module.tables[index].name for index in sorted(divided) if rule.slots]
+        return [name for name in names if not self._fits(self.table(name), rule)]
+
+    def examine(self, table: _Table, holding: Holding, slot: str) -> None:
+        """Look at the heads of the files that `fill` reads."""
+        for shard, piece in _needed(table, holding, slot):
+            self._tensor(shard, piece, slot)
+
+    def fill(self, table: _Table, holding: Holding, slot: str) -> None:
+        """Read one slot of `holding`, block by block."""
+        if holding.slots[slot].dim() == 1:
+            holding.slots[slot].zero_()
+        for shard, piece in _needed(table, holding, slot):
+            tensor, end = self._tensor(shard, piece, slot), piece.first_row + piece.num_rows
+            for first in range(piece.first_row, end, BLOCK_ROWS):
+                theirs, ours = shared_rows(shard.rows, first, min(first + BLOCK_ROWS, end), holding.shard.rows)
+                if len(theirs):
+                    low, high = int(theirs[0]), int(theirs[-1]) + 1
+                    values = tensor[low - piece.first_row : high - piece.first_row]
+                    put(holding, slot, ours, values[compact(theirs - low)], shard.columns)
+
+    def rows(self, table: _Table, first: int, last: int) -> Tensor:
+        """Return the weights of rows [first, last)."""
+        out = torch.empty(last - first, table.shape[1], dtype=table.dtype)
+        for shard in table.shards:
+            ids, places = shard.rows.within(first, last)
+            for piece in shard.tensors[WEIGHT]:
+                within = places - piece.first_row
+                here = (within >= 0) & (within < piece.num_rows)
+                if here.any():
+                    self._tensor(shard, piece, WEIGHT)
+                    tensor = self._files[piece.file].get_tensor(piece.key)  # mapped: what is not indexed is not read
+                    out[compact(ids[here] - first), slice(*shard.columns)] = tensor[compact(within[here])]
+        return out
+
+    def _wanted(self, module: ShardedEmbeddingBag) -> Iterator[tuple[_Table, Holding, list[str]]]:
+        for holding in holdings(module):
+            table = self.table(module.tables[holding.shard.table].name)
+            yield table, holding, list(holding.slots) if self._fits(table, module.shards.rule) else [WEIGHT]
+
+    def _fits(self, table: _Table, rule: SparseOptimizer) -> bool:
+        """Tell whether the table's state is that of `rule`."""
+        same = self._optimizer == type(rule).__name__ and self._per_weight == {WEIGHT: True, **rule.slots}
+        return same and all(shard.steps is not None for shard in table.shards)
+
+    def _tensor(self, shard: _Saved, piece: _Piece, slot: str) -> Any:
+        """Return a tensor of a file, of which nothing is read before it is sliced."""
+        path = self._folder / piece.file
+        try:
+            if piece.file not in self._files:
+                self._files[piece.file] = safe_open(path, framework="pt")
+            generation = (self._files[piece.file].metadata() or {}).get("generation")
+            tensor = self._files[piece.file].get_slice(piece.key)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} is missing; give the whole folder, on a file system that all hosts see"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); is it whole?") from error
+        width = [shard.columns[1] - shard.columns[0]] if self._per_weight[slot] else []
+        if generation != self.generation or tensor.get_shape() != [piece.num_rows, *width]:
+            raise CheckpointError(f"{path} is not the file that was saved under this name; use another checkpoint")
+        return tensor
+
+
+def _needed(table: _Table, holding: Holding, slot: str) -> Iterator[tuple[_Saved, _Piece]]:
+    """Iterate over the pieces that may have rows and columns of `holding`."""
+    ours, columns = holding.shard.rows, holding.shard.columns
+    for shard in table.shards:
+        if max(columns[0], shard.columns[0]) >= min(columns[1], shard.columns[1]):
+            continue
+        for piece in shard.tensors[slot]:
+            if isinstance(ours, RowRange) and isinstance(shard.rows, RowRange):
+                start = shard.rows.start + piece.first_row
+                if max(start, ours.start) >= min(start + piece.num_rows, ours.stop):
+                    continue
+            yield shard, piece
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"there is no checkpoint {path}; check the folder, on every host") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from error
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        raise CheckpointError(f"{path} is no index of {FORMAT}, version {VERSION}; save with embedding.files.save")
+    return content
+
+
+def _table_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> _Table:
+    rows, dim = int(entry["num_embeddings"]), int(entry["embedding_dim"])
+    dtype: torch.dtype = getattr(torch, entry["shards"][0]["dtype"])
+    shards = [_saved_of(each, slots) for each in entry["shards"]]
+    if sum(each.rows.num_rows * (each.columns[1] - each.columns[0]) for each in shards) != rows * dim:
+        raise ValueError(f"shards of {entry['name']!r} are not the whole table")
+    return _Table(str(entry["name"]), (rows, dim), dtype, shards)
+
+
+def _saved_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> _Saved:
+    rows = RowHash(**entry["rows"]) if "parts" in entry["rows"] else RowRange(**entry["rows"])
+    start, stop = entry["columns"]
+    saved = _Saved(rows, (start, stop), entry["steps"], {})
+    for slot in slots if saved.steps is not None else [WEIGHT]:
+        pieces = saved.tensors[slot] = [_Piece(**each) for each in entry["tensors"][slot]]
+        ends = [0, *itertools.accumulate(piece.num_rows for piece in pieces)]
+        if [*(piece.first_row for piece in pieces), rows.num_rows] != ends:
+            raise ValueError(f"rows of {slot!r} are missing")
+        if foreign := [piece.file for piece in pieces if not OURS.fullmatch(piece.file)]:
+            raise ValueError(f"{foreign[0]!r} is no file of a checkpoint")
+    return saved
