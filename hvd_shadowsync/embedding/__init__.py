@@ -1,16 +1,19 @@
 """Model-parallel embeddings: tables that are divided over the ranks, exchanged by alltoall, updated by their owners."""
 
+from hvd_shadowsync.embedding import files
 from hvd_shadowsync.embedding.inputs import Jagged, Padded
 from hvd_shadowsync.embedding.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
 from hvd_shadowsync.embedding.placement import Placement, Plan
 from hvd_shadowsync.embedding.planner import TableCost, plan
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.embedding.tables import EmbeddingTable
+from hvd_shadowsync.embedding.whole import Block, global_state_dict, load_global_state_dict
 
 __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
+    "Block",
     "EmbeddingTable",
     "Jagged",
     "Padded",
@@ -19,5 +22,8 @@ __all__ = [
     "RowWiseAdagrad",
     "ShardedEmbeddingBag",
     "TableCost",
+    "files",
+    "global_state_dict",
+    "load_global_state_dict",
     "plan",
 ]

@@ -48,7 +48,8 @@ class Word(NamedTuple):
     Attributes:
         call: see `Call`.
         number: of the meeting, on this rank.
-        about: LOOKUP: whether gradients will follow; UPDATE: number of the lookup that it belongs to.
+        about: LOOKUP: whether gradients will follow; UPDATE: number of the lookup that it belongs to; GLOBAL: which
+            call it is.
         samples: LOOKUP: in the rank's batch.
         trails: UPDATE: whether the rank has no more lookups, so that lookups of others may come first.
         size: of the message that follows for this destination, in elements.

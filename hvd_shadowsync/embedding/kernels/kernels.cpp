@@ -7,12 +7,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
 
 constexpr int AHEAD = 24;  // ids between the prefetch of a row and its use
 constexpr int LINE = 64;   // bytes
+constexpr int OFTEN = 2;   // ids a bag from which gradients are copied together
 
 // Some bags of rows. Fields are filled in by compiled.py as int64, in this order.
 struct Bags {
@@ -115,32 +117,73 @@ void scatter_bags(const Bags& bags) {  // rows[id] += weight * vector of the bag
 
 struct Touch {
   uint32_t row;
-  uint32_t at;  // the bag, or with weights the place of the id
+  uint32_t at;  // which gradient
 };
 
-// Sorts by row; stable, so that the sum of a row's gradients has one order.
-void sort_touches(std::vector<Touch>& touches, std::vector<Touch>& spare, uint32_t num_rows) {
-  constexpr int BITS = 11, BUCKETS = 1 << BITS;
-  int bits = 1;
-  while (bits < 32 && (num_rows - 1) >> bits) ++bits;
-  const int passes = (bits + BITS - 1) / BITS, width = (bits + passes - 1) / passes;
-  spare.resize(touches.size());
-  uint32_t starts[BUCKETS];
-  for (int pass = 0; pass < passes; ++pass) {
-    const int shift = pass * width;
-    const uint32_t mask = (1u << width) - 1;
-    std::memset(starts, 0, sizeof(uint32_t) << width);
-    for (const Touch& touch : touches) ++starts[(touch.row >> shift) & mask];
-    uint32_t sum = 0;
-    for (uint32_t bucket = 0; bucket <= mask; ++bucket) {
-      const uint32_t count = starts[bucket];
-      starts[bucket] = sum;
-      sum += count;
+// Memory that a thread keeps from one step to the next.
+template <typename T>
+class Kept {
+ public:
+  T* of(size_t count) {
+    if (count > capacity_) {
+      capacity_ = count + count / 2;
+      memory_.reset(new T[capacity_]);
     }
-    for (const Touch& touch : touches) spare[starts[(touch.row >> shift) & mask]++] = touch;
-    touches.swap(spare);
+    return memory_.get();
   }
-}
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  size_t capacity_ = 0;
+};
+
+constexpr int DIGIT = 11, BUCKETS = 1 << DIGIT, MOST_DIGITS = 3;
+
+// Touches in the order in which they are added, counted by the digits of their rows as a radix sort needs it.
+class Touches {
+ public:
+  Touches(Touch* memory, Touch* spare, uint32_t num_rows) : touches_(memory), spare_(spare) {
+    int bits = 1;
+    while (bits < 32 && (num_rows - 1) >> bits) ++bits;
+    digits_ = (bits + DIGIT - 1) / DIGIT;
+    width_ = (bits + digits_ - 1) / digits_;
+    mask_ = (1u << width_) - 1;
+    for (int digit = 0; digit < digits_; ++digit) std::memset(counts_[digit], 0, sizeof(uint32_t) << width_);
+  }
+
+  inline void add(uint32_t row, uint32_t at) {
+    touches_[size_++] = {row, at};
+    ++counts_[0][row & mask_];
+    if (digits_ > 1) ++counts_[1][(row >> width_) & mask_];
+    if (digits_ > 2) ++counts_[2][row >> (2 * width_)];
+  }
+
+  size_t size() const { return size_; }
+
+  // Sorts by row; stable, so that the sum of a row's gradients has one order.
+  const Touch* sorted() {
+    for (int digit = 0; digit < digits_; ++digit) {
+      uint32_t* starts = counts_[digit];
+      uint32_t sum = 0;
+      for (uint32_t bucket = 0; bucket <= mask_; ++bucket) {
+        const uint32_t count = starts[bucket];
+        starts[bucket] = sum;
+        sum += count;
+      }
+      const int shift = digit * width_;
+      for (size_t i = 0; i < size_; ++i) spare_[starts[(touches_[i].row >> shift) & mask_]++] = touches_[i];
+      std::swap(touches_, spare_);
+    }
+    return touches_;
+  }
+
+ private:
+  Touch *touches_, *spare_;
+  size_t size_ = 0;
+  int digits_, width_;
+  uint32_t mask_;
+  uint32_t counts_[MOST_DIGITS][BUCKETS];
+};
 
 template <typename T>
 struct Gradient {
@@ -149,7 +192,7 @@ struct Gradient {
 };
 
 template <typename T, int DIM>
-void apply(const Rule& rule, T* row, const T* grad, int64_t any_dim, T* state0, T* state1) {
+inline __attribute__((always_inline)) void apply(const Rule& rule, T* row, const T* grad, int64_t any_dim, T* state0, T* state1) {
   const int64_t dim = DIM ? DIM : any_dim;
   const T lr = T(rule.lr), eps = T(rule.eps);
   if (rule.kind == 0) {
@@ -175,36 +218,63 @@ void apply(const Rule& rule, T* row, const T* grad, int64_t any_dim, T* state0, 
   }
 }
 
+// Adds what some bags touch; `first` is the place of their first gradient among all. Returns how many gradients there are.
+template <typename T, typename I>
+size_t add_touches(const Bags& bags, bool weighted, uint32_t part, uint32_t parts, const T* vectors, int64_t stride,
+                   size_t first, Touches& touches, Gradient<T>* gradients) {
+  const I* ids = reinterpret_cast<const I*>(bags.ids);
+  const T* weights = reinterpret_cast<const T*>(bags.weights);
+  const T scale = T(bags.scale);
+  size_t count = first;
+  int64_t at = 0;
+  for (int64_t bag = 0; bag < bags.num_bags; ++bag) {
+    const int64_t end = at + (bags.lengths ? bags.lengths[bag] : 1);
+    const T* vector = vectors + bag * stride;
+    if (!weighted) gradients[count++] = {vector, scale};
+    for (; at < end; ++at) {
+      const uint32_t row = uint32_t(ids[at]);
+      if (parts > 1 && row % parts != part) continue;
+      if (weighted) gradients[count++] = {vector, scale * (weights ? weights[at] : T(1))};
+      touches.add(row, uint32_t(count - 1));
+    }
+  }
+  return count;
+}
+
 // Updates those rows of a shard that fall to one of `parts` threads, each once with the sum of its gradients.
 template <typename T, int DIM>
 void update_shard(const Shard& shard, const Bags* all, const Rule& rule, uint32_t part, uint32_t parts) {
-  static thread_local std::vector<Touch> touches, spare;
-  std::vector<Gradient<T>> gradients;  // of each bag, or with weights of each id
+  static thread_local Kept<Touch> kept_touches, kept_spare;
+  static thread_local Kept<Gradient<T>> kept_gradients;
+  static thread_local Kept<T> kept_vectors;
+  const int64_t dim = DIM ? DIM : shard.dim;
   bool weighted = false;
-  for (int64_t s = shard.first_bags; s < shard.last_bags; ++s) weighted = weighted || all[s].weights;
-  touches.clear();
+  size_t num_ids = 0, num_bags = 0, copied = 0;
+  const auto worth_copying = [&](const Bags& bags) { return bags.stride != dim && bags.num_ids > OFTEN * bags.num_bags; };
+  for (int64_t s = shard.first_bags; s < shard.last_bags; ++s) {
+    weighted = weighted || all[s].weights;
+    num_ids += all[s].num_ids;
+    num_bags += all[s].num_bags;
+    if (worth_copying(all[s])) copied += all[s].num_bags * dim;
+  }
+  if (!num_ids) return;
+  Gradient<T>* gradients = kept_gradients.of(weighted ? num_ids : num_bags);
+  T* vectors = kept_vectors.of(copied);
+  Touches touches(kept_touches.of(num_ids), kept_spare.of(num_ids), uint32_t(shard.num_rows));
+  size_t found = 0;
   for (int64_t s = shard.first_bags; s < shard.last_bags; ++s) {
     const Bags& bags = all[s];
-    const T* vectors = reinterpret_cast<const T*>(bags.vectors);
-    const T* weights = reinterpret_cast<const T*>(bags.weights);
-    const int32_t* narrow = reinterpret_cast<const int32_t*>(bags.ids);
-    const int64_t* wide = reinterpret_cast<const int64_t*>(bags.ids);
-    int64_t at = 0;
-    for (int64_t bag = 0; bag < bags.num_bags; ++bag) {
-      const int64_t end = at + (bags.lengths ? bags.lengths[bag] : 1);
-      const T* vector = vectors + bag * bags.stride;
-      if (!weighted) gradients.push_back({vector, T(bags.scale)});
-      for (; at < end; ++at) {
-        const uint32_t row = uint32_t(bags.wide ? wide[at] : narrow[at]);
-        if (parts > 1 && row % parts != part) continue;
-        if (weighted) gradients.push_back({vector, T(bags.scale) * (weights ? weights[at] : T(1))});
-        touches.push_back({row, uint32_t(gradients.size() - 1)});
-      }
+    const T* source = reinterpret_cast<const T*>(bags.vectors);
+    int64_t stride = bags.stride;
+    if (worth_copying(bags)) {  // vectors that are read often lie close together then
+      for (int64_t bag = 0; bag < bags.num_bags; ++bag)
+        std::memcpy(vectors + bag * dim, source + bag * stride, dim * sizeof(T));
+      source = vectors, stride = dim, vectors += bags.num_bags * dim;
     }
+    found = bags.wide ? add_touches<T, int64_t>(bags, weighted, part, parts, source, stride, found, touches, gradients)
+                      : add_touches<T, int32_t>(bags, weighted, part, parts, source, stride, found, touches, gradients);
   }
-  if (touches.empty()) return;
-  sort_touches(touches, spare, uint32_t(shard.num_rows));
-  const int64_t dim = DIM ? DIM : shard.dim;
+  const Touch* sorted = touches.sorted();
   const bool per_weight = rule.kind >= 2;
   T* rows = reinterpret_cast<T*>(shard.rows);
   T* state0 = reinterpret_cast<T*>(shard.state0);
@@ -215,15 +285,15 @@ void update_shard(const Shard& shard, const Bags* all, const Rule& rule, uint32_
   const size_t count = touches.size();
   for (size_t i = 0; i < count;) {
     if (i + AHEAD < count) {
-      const int64_t next = touches[i + AHEAD].row;
+      const int64_t next = sorted[i + AHEAD].row;
       prefetch_row(reinterpret_cast<const char*>(rows + next * dim), dim * sizeof(T));
       if (state0) prefetch_row(reinterpret_cast<const char*>(state0 + (per_weight ? next * dim : next)), per_weight ? dim * sizeof(T) : 1);
       if (state1) prefetch_row(reinterpret_cast<const char*>(state1 + next * dim), dim * sizeof(T));
     }
-    const int64_t row = touches[i].row;
+    const int64_t row = sorted[i].row;
     for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
-    for (; i < count && touches[i].row == row; ++i) {
-      const Gradient<T>& gradient = gradients[touches[i].at];
+    for (; i < count && sorted[i].row == row; ++i) {
+      const Gradient<T> gradient = gradients[sorted[i].at];
       for (int64_t d = 0; d < dim; ++d) sum[d] += gradient.scale * gradient.vector[d];
     }
     const int64_t state_at = per_weight ? row * dim : row;
