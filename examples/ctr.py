@@ -5,9 +5,12 @@
     mpirun -np 2 --bind-to none --map-by slot:OVERSUBSCRIBE python examples/ctr.py --sync shadow --algorithm easgd
     python examples/ctr.py --sync none                     # one plain process
     python examples/ctr.py --sync none --data criteo day_0.gz
+    shadowrun -np 4 python examples/ctr.py --embedding sharded --synthetic-criteo rows=10000000,examples=1000000
     python examples/report.py runs/*.json --output runs    # table, picture and page
 
-Where shadowrun does not start it, set OMP_NUM_THREADS to the cores that each rank may use.
+With --embedding sharded every row of the embedding tables exists once, on one rank, and is updated there by all ranks'
+gradients; --sync is about the dense part alone then. Where shadowrun does not start it, set OMP_NUM_THREADS to the cores that each
+rank may use.
 """
 
 from __future__ import annotations
@@ -25,9 +28,13 @@ import criteo
 import flights
 import torch
 import torch.nn.functional as F
-from dlrm import DLRM
+from dlrm import DLRM, sharded_tables
 from quality import quality
+from synthetic import Synthetic
 from tqdm import tqdm
+
+
+PLACEMENTS = ["auto", "table-wise", "row-wise", "row-wise hashed", "column-wise"]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +45,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sync-every", type=int, metavar="STEPS", help="of --sync shadow: start a round every so many steps")
     add("--sync-interval-ms", type=float, metavar="MS", help="of --sync shadow: start a round every so many ms")
     add("--cpu-budget", type=float, metavar="SHARE", help="of --sync shadow: core share of the communicator thread")
-    add("--data", nargs="+", default=["flights"], metavar="NAME", help="flights, or criteo PATH [TEST_PATH]")
+    add("--embedding", choices=["replicated", "sharded"], default="replicated", help="tables on every rank, or divided")
+    add("--prefetch", type=int, choices=[0, 1, 2], help="of --embedding sharded: batches looked up ahead; default 0")
+    add("--placement", choices=PLACEMENTS, help="of --embedding sharded: where each table lies; default auto")
+    add("--embedding-lr", type=float, metavar="LR", help="of --embedding sharded: of the rows; default that of --lr")
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument(
+        "--data", nargs="+", default=["flights"], metavar="NAME", help="flights, or criteo PATH [TEST_PATH]"
+    )
+    one_of.add_argument(
+        "--synthetic-criteo",
+        type=rows_and_examples,
+        metavar="rows=N,examples=M",
+        help="made-up rows in the shape of Criteo's: N in all 26 tables, M to train on (default 4000000)",
+    )
     add("--validate", action="store_true", help="flights: train nine months, test on October (to choose settings)")
     add("--test-fraction", type=float, default=0.1, help="criteo: the last rows held out where there is no TEST_PATH")
     add("--buckets", type=int, default=10_000, help="criteo: rows of each hashed embedding table")
@@ -52,13 +72,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data[0] not in ("flights", "criteo") or len(args.data) > (1 if args.data[0] == "flights" else 3):
         parser.error(f"--data {' '.join(args.data)}: expected flights, or criteo PATH [TEST_PATH]")
+    if args.synthetic_criteo:
+        args.data = ["synthetic-criteo"]
     if args.validate and args.data[0] != "flights":
         parser.error("--validate belongs to --data flights; with criteo give TEST_PATH or --test-fraction")
     if args.data == ["criteo"]:
         parser.error("--data criteo: expected the path of a Criteo file or folder after it")
+    if args.embedding == "replicated":
+        for name in ("prefetch", "placement", "embedding_lr"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} belongs to --embedding sharded")
+    else:
+        args.prefetch, args.placement = args.prefetch or 0, args.placement or "auto"
     for name in (
         "batch_size",
         "lr",
+        "embedding_lr",
         "embedding_dim",
         "log_every",
         "steps",
@@ -71,9 +100,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def open_data(args: argparse.Namespace) -> flights.Flights | criteo.Criteo:
+def rows_and_examples(text: str) -> dict[str, int]:
+    """rows=N[,examples=M] as a dict."""
+    try:
+        found = {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        found = {}
+    if "rows" not in found or not found.keys() <= {"rows", "examples"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected rows=N or rows=N,examples=M, such as rows=10000000")
+    return found
+
+
+def open_data(args: argparse.Namespace) -> flights.Flights | criteo.Criteo | Synthetic:
     if args.data[0] == "flights":
         return flights.load(validate=args.validate)
+    if args.synthetic_criteo:
+        given = args.synthetic_criteo
+        return Synthetic(given["rows"], num_train_rows=given.get("examples", Synthetic.num_train_rows))
     paths = [Path(path) for path in args.data[1:]]
     return criteo.Criteo.open(*paths, test_fraction=args.test_fraction, num_buckets=args.buckets)
 
@@ -98,6 +141,8 @@ if args.sync == "shadow":
     import hvd_shadowsync.torch as hvd
 elif args.sync == "horovod":
     import horovod.torch as hvd
+if args.embedding == "sharded":
+    import hvd_shadowsync.embedding
 # ----------------------------------------------------------------------------------------------------------------------
 from mpi4py import MPI  # noqa: E402  (initialises MPI, which the swap tunes before)
 
@@ -108,7 +153,13 @@ else:
     rank, size = hvd.rank(), hvd.size()
 
 torch.manual_seed(args.seed)
-model = DLRM(data.num_dense, data.table_sizes, embedding_dim=args.embedding_dim)
+embedding = None  # the model's own
+if args.embedding == "sharded":
+    row_lr = args.lr if args.embedding_lr is None else args.embedding_lr
+    embedding = sharded_tables(
+        data.table_sizes, args.embedding_dim, lr=row_lr, placement=args.placement, seed=args.seed
+    )
+model = DLRM(data.num_dense, data.table_sizes, embedding_dim=args.embedding_dim, embedding=embedding)
 optimizer = torch.optim.Adagrad(model.parameters(), lr=args.lr)
 
 # The first pass sets up thread pools and caches; it is no part of what is measured.
@@ -117,7 +168,7 @@ model(
 )
 
 if args.sync != "none":
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_parameters(dict(model.named_parameters()), root_rank=0)  # sharded tables are no parameters
     options = shadow_options(args) if args.sync == "shadow" else {}
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), **options)
 
@@ -133,8 +184,10 @@ shown_gap = "-"
 
 MPI.COMM_WORLD.Barrier()
 started = time.perf_counter()
-batches = data.train_batches(args.batch_size, rank=rank, size=size)
-for step, batch in enumerate(islice(batches, num_steps), start=1):
+batches = islice(data.train_batches(args.batch_size, rank=rank, size=size), num_steps)
+if embedding is not None:
+    batches = embedding.prefetch(batches, inputs=lambda batch: batch.ids, depth=args.prefetch)
+for step, batch in enumerate(batches, start=1):
     optimizer.zero_grad()
     logits = model(batch.dense, batch.ids)  # [B]
     loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
@@ -155,6 +208,8 @@ for step, batch in enumerate(islice(batches, num_steps), start=1):
         bar.update(step * chunk - bar.n)
 if args.sync == "shadow":
     optimizer.shadow.synchronize()  # all replicas are the same from here on
+if embedding is not None:
+    embedding.wait()  # the last updates of rows are done
 seconds = MPI.COMM_WORLD.allreduce(time.perf_counter() - started, op=MPI.MAX)
 bar.update(step * chunk - bar.n)
 bar.close()
@@ -169,6 +224,10 @@ elif args.sync == "horovod":  # the bytes of a ring, all ranks together: Horovod
     sync = {"rounds": step, "sync_gap_steps": 1.0, "bytes_sent": step * 2 * (size - 1) * dense_bytes}
 else:
     sync = {"rounds": 0, "sync_gap_steps": None, "bytes_sent": 0}
+tables: dict[str, Any] = {"rows": sum(data.table_sizes)}
+if embedding is not None:  # bytes that all ranks sent for the tables, beside those of `sync`
+    counters = MPI.COMM_WORLD.allgather(embedding.metrics())
+    tables |= {name: sum(each[name] for each in counters) for name in counters[0] if "bytes" in name}
 
 if rank == 0:
     model.eval()
@@ -176,8 +235,13 @@ if rank == 0:
         tested = [(batch.labels, model(batch.dense, batch.ids).sigmoid()) for batch in data.test_batches(4096)]
     labels, probabilities = (torch.cat(column).numpy() for column in zip(*tested, strict=True))
     test = quality(labels, probabilities)
+    name = [
+        args.sync,
+        *([args.algorithm] if args.sync == "shadow" else []),
+        *(["sharded"] if embedding is not None else []),
+    ]
     record = {
-        "name": f"shadow {args.algorithm}" if args.sync == "shadow" else args.sync,
+        "name": " ".join(name),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "world_size": size,
         "threads": torch.get_num_threads(),
@@ -187,6 +251,7 @@ if rank == 0:
         "seconds": seconds,
         "examples_per_second": step * chunk / seconds,
         "test": test._asdict(),
+        "embedding": tables,
         "sync": {name: value if value is None or math.isfinite(value) else None for name, value in sync.items()},
         "history": history,
     }
@@ -198,3 +263,5 @@ if rank == 0:
     if args.report:
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+if embedding is not None:
+    embedding.close()  # ranks other than 0 come here at once, and serve the look-ups of its test

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hvd_shadowsync.embedding import ShardedEmbeddingBag
 
 
 class Batch(NamedTuple):
@@ -24,10 +28,56 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*(module for layer in layers for module in layer))
 
 
+class EmbeddingMatrix(nn.Embedding):
+    """All tables in one matrix, one after the other: one look-up and one gradient instead of one per table."""
+
+    def __init__(self, table_sizes: Sequence[int], embedding_dim: int) -> None:
+        super().__init__(sum(table_sizes), embedding_dim)
+        sizes = torch.tensor(table_sizes)
+        self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)  # [num_tables]
+        with torch.no_grad():
+            for weight in self.weight.split(list(table_sizes)):
+                weight.uniform_(-bound(len(weight)), bound(len(weight)))
+                weight[0] = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids + self.offsets)
+
+
+def sharded_tables(
+    table_sizes: Sequence[int], embedding_dim: int, *, lr: float, placement: str = "auto", seed: int = 0
+) -> ShardedEmbeddingBag:
+    """The same tables, divided over all ranks and updated by Adagrad where they lie (collective).
+
+    Args:
+        table_sizes: rows of each table.
+        embedding_dim: length of a row.
+        lr: learning rate of the rows.
+        placement: a strategy of `hvd_shadowsync.embedding.Placement` for all tables; "auto": what the planner finds.
+        seed: of the initial rows.
+    """
+    from hvd_shadowsync.embedding import Adagrad, EmbeddingTable, ShardedEmbeddingBag
+
+    tables = [
+        EmbeddingTable(f"table{i}", size, embedding_dim, init=partial(nn.init.uniform_, a=-bound(size), b=bound(size)))
+        for i, size in enumerate(table_sizes)
+    ]
+    plan = None if placement == "auto" else {table.name: placement for table in tables}
+    embedding = ShardedEmbeddingBag(tables, plan, Adagrad(lr=lr), seed=seed)
+    for shard, rows in zip(embedding.shards.owned, embedding.shards, strict=True):
+        _, places = shard.rows.within(0, 1)  # where row 0 of the table is, if this rank has it
+        rows.weight[places] = 0
+    return embedding
+
+
+def bound(table_size: int) -> float:
+    """Initial weights lie between this and its negative."""
+    return table_size**-0.5
+
+
 class DLRM(nn.Module):
     """Logits of a binary label from dense features and one id per table.
 
-    All tables lie in one embedding matrix, one after the other: one look-up and one gradient instead of one per table.
     Row 0 of a table stands for an unknown or missing value and starts at zero: until it is trained it says nothing.
 
     Args:
@@ -36,6 +86,7 @@ class DLRM(nn.Module):
         embedding_dim: length of every vector that takes part in the interaction.
         bottom: hidden widths of the MLP on the dense features; its output has ``embedding_dim``.
         top: hidden widths of the MLP on the dots; its output is the logit.
+        embedding: looks ids [B, T] up: [B, T, D] or [B, T*D]; None: an `EmbeddingMatrix` of the model's own.
     """
 
     def __init__(
@@ -46,24 +97,20 @@ class DLRM(nn.Module):
         embedding_dim: int = 16,
         bottom: Sequence[int] = (64,),
         top: Sequence[int] = (64, 32),
+        embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         num_vectors = 1 + len(table_sizes)
-        sizes = torch.tensor(table_sizes)
         pairs = torch.tril_indices(num_vectors, num_vectors, offset=-1)  # [2, num_pairs]
-        self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)  # [num_tables]
         self.register_buffer("pairs", pairs[0] * num_vectors + pairs[1], persistent=False)  # [num_pairs]
-        self.embedding = nn.Embedding(int(sizes.sum()), embedding_dim)
         self.bottom = mlp([num_dense, *bottom, embedding_dim])
         self.top = nn.Sequential(mlp([embedding_dim + pairs.shape[1], *top]), nn.Linear(top[-1], 1))
-        with torch.no_grad():
-            for weight, size in zip(self.embedding.weight.split(list(table_sizes)), table_sizes, strict=True):
-                weight.uniform_(-(size**-0.5), size**-0.5)
-                weight[0] = 0
+        self.embedding = EmbeddingMatrix(table_sizes, embedding_dim) if embedding is None else embedding
 
     def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
         bottom = self.bottom(dense)  # [B, D]
-        vectors = torch.cat([bottom.unsqueeze(1), self.embedding(ids + self.offsets)], dim=1)  # [B, T+1, D]
+        looked_up = self.embedding(ids).view(*ids.shape, bottom.shape[1])  # [B, T, D]
+        vectors = torch.cat([bottom.unsqueeze(1), looked_up], dim=1)  # [B, T+1, D]
         dots = vectors @ vectors.transpose(1, 2)  # [B, T+1, T+1]
         pairs = dots.flatten(1).index_select(1, self.pairs)  # [B, (T+1)T/2]
         return self.top(torch.cat([bottom, pairs], dim=1)).squeeze(1)  # [B]

@@ -20,6 +20,7 @@ class Message(Protocol):
 
     source: int
     tag: int
+    num_bytes: int
 
     def irecv(self, tensor: Tensor) -> Request:
         """Receive into `tensor`, which has at least as many elements as were sent."""

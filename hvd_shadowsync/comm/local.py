@@ -103,10 +103,10 @@ class _Shared:
 
 class _Letter:
     def __init__(self, payload: Tensor, source: int, tag: int) -> None:
-        self.payload, self.source, self.tag = payload, source, tag
+        self.payload, self.source, self.tag, self.num_bytes = payload, source, tag, payload.nbytes
 
     def irecv(self, tensor: Tensor) -> Request:
-        tensor.view(-1)[: self.payload.numel()].copy_(self.payload)
+        tensor.detach().view(-1).view(torch.uint8)[: self.num_bytes].copy_(self.payload.view(torch.uint8))
         return _Done()
 
 

@@ -141,8 +141,8 @@ class _MpiRequest:
 
 
 class _MpiMessage:
-    def __init__(self, message: Any, source: int, tag: int) -> None:
-        self._message, self.source, self.tag = message, source, tag
+    def __init__(self, message: Any, source: int, tag: int, num_bytes: int) -> None:
+        self._message, self.source, self.tag, self.num_bytes = message, source, tag, num_bytes
 
     def irecv(self, tensor: Tensor) -> Request:
         buffer = _bytes(tensor)
@@ -201,7 +201,10 @@ class MpiCommunicator(Communicator):
     def probe(self) -> Message | None:
         """See `Communicator.probe`."""
         message = self._comm.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, self._status)
-        return None if message is None else _MpiMessage(message, self._status.source, self._status.tag)
+        if message is None:
+            return None
+        num_bytes = self._status.Get_count(self._mpi.BYTE)
+        return _MpiMessage(message, self._status.source, self._status.tag, num_bytes)
 
     def allgather_object(self, value: Any) -> list[Any]:
         """See `Communicator.allgather_object`."""

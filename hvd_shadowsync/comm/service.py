@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator, Request
@@ -12,6 +13,9 @@ from hvd_shadowsync.comm.poll import Poller
 
 Answer = Callable[[int, int, Tensor], Tensor]
 """(source rank, tag, receive buffer) -> reply; the payload begins the buffer, its length follows from the tag."""
+
+Ask = tuple[int, int, Tensor] | tuple[int, int, Tensor, Tensor]
+"""(owner, tag, payload), and memory for the reply where it is not as long as the payload."""
 
 
 @dataclass(eq=False)
@@ -36,24 +40,26 @@ class Service:
     Attributes:
         requests, replies: communicators used by this service alone.
         answer: makes a reply; runs in the serving thread.
-        largest: a tensor as long as the longest payload, of its dtype (the template of receive buffers).
+        largest: a tensor as long as the longest payload, of its dtype (the template of receive buffers, which are used
+            again); None: payloads of any length are received as bytes, in buffers of their own.
         in_flight: calls of this client under way at a time.
     """
 
     requests: Communicator
     replies: Communicator
     answer: Answer
-    largest: Tensor
+    largest: Tensor | None
     poller: Poller
     in_flight: int = 8
     _incoming: list[_Call] = field(default_factory=list)
     _outgoing: list[_Call] = field(default_factory=list)
     _spare: list[Tensor] = field(default_factory=list)
 
-    def call(self, calls: Iterable[tuple[int, int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    def call(self, calls: Iterable[Ask]) -> Iterator[tuple[int, Tensor]]:
         """Send each `(owner, tag, payload)`; yield `(tag, reply)` as the replies arrive, each as long as its payload.
 
-        Tags are unique among the calls under way; payloads stay untouched until their reply is there.
+        A fourth element is memory for a reply of another length. The calls under way to one owner have different tags;
+        payloads stay untouched until their reply is there.
         """
         waiting = iter(calls)
         flying: list[_Flight] = []
@@ -82,7 +88,8 @@ class Service:
             worked = True
         for call in [call for call in self._outgoing if call.request.test()]:
             self._outgoing.remove(call)
-            self._spare.append(call.buffer)
+            if self.largest is not None:
+                self._spare.append(call.buffer)
         return worked
 
     @property
@@ -93,13 +100,16 @@ class Service:
     def _take_in(self) -> bool:
         taken = False
         while (message := self.requests.probe()) is not None:
-            buffer = self._spare.pop() if self._spare else self.largest.new_empty(self.largest.shape)
+            if self.largest is None:
+                buffer = torch.empty(message.num_bytes, dtype=torch.uint8)
+            else:
+                buffer = self._spare.pop() if self._spare else self.largest.new_empty(self.largest.shape)
             self._incoming.append(_Call(message.irecv(buffer), message.source, message.tag, buffer))
             taken = True
         return taken
 
-    def _send(self, owner: int, tag: int, payload: Tensor) -> _Flight:
-        reply = payload.new_empty(payload.shape)
+    def _send(self, owner: int, tag: int, payload: Tensor, reply: Tensor | None = None) -> _Flight:
+        reply = payload.new_empty(payload.shape) if reply is None else reply
         received = self.replies.irecv(reply, owner, tag)
         return _Flight(tag, reply, [self.requests.isend(payload, owner, tag), received])
 

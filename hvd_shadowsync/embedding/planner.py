@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hvd_shadowsync.checks import check_count, check_interval, choice
+from hvd_shadowsync.checks import check_count, choice
+from hvd_shadowsync.embedding.costs import CostModel, TableCost
 from hvd_shadowsync.embedding.optimizers import INFINITY, SparseOptimizer
 from hvd_shadowsync.embedding.placement import (
     COLUMN_WISE,
     REPLICATED,
     ROW_HASHED,
-    ROW_WISE,
     STRATEGIES,
     TABLE_WISE,
     Placement,
@@ -29,118 +29,12 @@ BALANCED = "balanced"
 ROUND_ROBIN = "round-robin"
 PLANNED = (BALANCED, ROUND_ROBIN, *STRATEGIES)
 
-SHARD_US = 5.0  # a part of a table, whatever its size: calls and messages of one step
-ROW_US = 0.03  # a row out of reach of the caches, once prefetched
-MEMORY_BYTES_PER_US = 10_000.0  # one core's share of the memory bandwidth: 10 GB/s
-WIRE_BYTES_PER_US = 1_250.0  # 10 Gbit/s
-ID_BYTES = 4  # ids and lengths of bags on the wire
-
 SHARES = (1.0, 0.5, 0.25)  # tables that cost more than such a share of a rank's fair part are divided
 SLACK = 1.05  # so much longer a step may take, for less work in all and less memory on the fullest rank
 ROOM = 2  # times the fair part of the memory that a rank may hold before memory counts, where no limit is given
 LEAST_ROOM_BYTES = 64 << 20  # below which it never counts
 LEAST_DIM, LEAST_COLUMNS = 128, 32  # of a table that is divided column-wise, and of each of its parts
 MOST_RANKS = 1024  # that the advice in an error looks at
-
-
-@dataclass(frozen=True)
-class TableCost:
-    """What is known of the traffic of one table.
-
-    Attributes:
-        pooling_factor: ids in a bag, on average over all features of the table; default 1.
-        unique_fraction: distinct ids among those of one step, in [0, 1]; default 1.
-        compute_us: measured microseconds that look-up and update of the whole table take for one rank's batch; default
-            None: reckoned by the `CostModel`.
-    """
-
-    pooling_factor: float = 1.0
-    unique_fraction: float = 1.0
-    compute_us: float | None = None
-
-    def __post_init__(self) -> None:
-        check_interval("pooling_factor", self.pooling_factor, low=0.0, high=INFINITY, high_included=False)
-        check_interval("unique_fraction", self.unique_fraction, low=0.0, high=1.0)
-        if self.compute_us is not None:
-            check_interval("compute_us", self.compute_us, low=0.0, high=INFINITY, high_included=False)
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """What one part of a table costs the rank that holds it, per step of all ranks.
-
-        ids     = batch_size world_size features pooling_factor,  unique = ids unique_fraction
-        compute = SHARD_US + ids (ROW_US + 2 row) + unique (ROW_US + 2 (row + state)) + 2 vectors
-        wire    = (ids + bags) ID_BYTES + 2 vectors,  of which 1/world_size stays where it is
-
-    with bytes over their bandwidth. A vector is sent forth and its gradient back, for each bag, or for each distinct
-    row where those are fewer. Row-wise parts have a share of the ids, but a vector for (nearly) every bag, which is
-    summed up where it arrives. Column-wise parts have all ids, and a share of each row. A replica has the ids of its
-    own rank, and its weights averaged.
-
-    Attributes:
-        world_size: ranks.
-        batch_size: samples in a step of one rank.
-        element_bytes: bytes of a weight.
-        state: `SparseOptimizer.state_per_row`.
-    """
-
-    world_size: int
-    batch_size: int
-    element_bytes: int
-    state: tuple[int, int] = (0, 0)
-
-    def __post_init__(self) -> None:
-        check_count("world_size", self.world_size, least=1)
-        check_count("batch_size", self.batch_size, least=1)
-        check_count("element_bytes", self.element_bytes, least=1)
-
-    def part_us(self, table: EmbeddingTable, cost: TableCost, strategy: str, parts: int) -> float:
-        """Return the microseconds that the largest of `parts` costs its owner, computing and sending."""
-        compute_us = self.compute_us(table, cost, strategy, parts)
-        if cost.compute_us is not None:
-            compute_us *= cost.compute_us * self.world_size / self.compute_us(table, cost, TABLE_WISE, 1)
-        return compute_us + self.wire_bytes(table, cost, strategy, parts) / WIRE_BYTES_PER_US
-
-    def compute_us(self, table: EmbeddingTable, cost: TableCost, strategy: str, parts: int) -> float:
-        """Return the microseconds that the owner of the largest of `parts` computes, `cost.compute_us` left aside."""
-        ids, _, vectors, row = self._traffic(table, cost, strategy, parts)
-        row_us = row / MEMORY_BYTES_PER_US
-        state_us = (self.state[0] * row + self.state[1] * self.element_bytes) / MEMORY_BYTES_PER_US
-        touched = ids * cost.unique_fraction * (ROW_US + 2 * row_us + 2 * state_us)
-        summed = 2 * vectors * row_us * (2 if strategy in (ROW_WISE, ROW_HASHED) and parts > 1 else 1)
-        dense = 3 * table.numel * self.element_bytes / MEMORY_BYTES_PER_US if strategy == REPLICATED else 0.0
-        return SHARD_US + ids * (ROW_US + 2 * row_us) + touched + summed + dense
-
-    def wire_bytes(self, table: EmbeddingTable, cost: TableCost, strategy: str, parts: int) -> float:
-        """Return the bytes that the owner of the largest of `parts` receives and sends."""
-        ids, bags, vectors, row = self._traffic(table, cost, strategy, parts)
-        exchanged = (ids + bags) * ID_BYTES + 2 * vectors * row
-        averaged = 2 * table.numel * self.element_bytes
-        return (averaged if strategy == REPLICATED else exchanged) * (1 - 1 / self.world_size)
-
-    def part_bytes(self, table: EmbeddingTable, strategy: str, parts: int) -> list[int]:
-        """Return the bytes of weights and optimizer state of each part."""
-        if strategy == REPLICATED:
-            return self.part_bytes(table, TABLE_WISE, 1) * parts
-        shards = Plan((table,), parts, (Placement(strategy, tuple(range(parts))),)).shards
-        per_weight, per_row = 1 + self.state[0], self.state[1]
-        return [self.element_bytes * (per_weight * each.numel + per_row * each.rows.num_rows) for each in shards]
-
-    def _traffic(
-        self, table: EmbeddingTable, cost: TableCost, strategy: str, parts: int
-    ) -> tuple[float, float, float, float]:
-        """Return a part's (ids, bags, vectors, bytes of a row)."""
-        bags = float(self.batch_size * self.world_size * len(table.features))
-        ids = bags * cost.pooling_factor
-        columns, rows = table.embedding_dim, table.num_embeddings
-        if strategy == REPLICATED:
-            bags, ids = bags / parts, ids / parts
-        elif strategy == COLUMN_WISE:
-            columns = -(-columns // parts)
-        else:
-            ids *= -(-rows // parts) / rows
-        return ids, bags, min(bags, ids * cost.unique_fraction), float(columns * self.element_bytes)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding import kernels
-from hvd_shadowsync.embedding.exchange import Exchange, Lookup
+from hvd_shadowsync.embedding.exchange import Exchange
 from hvd_shadowsync.embedding.inputs import Batch, read_batch
 from hvd_shadowsync.embedding.layout import Layout
 from hvd_shadowsync.embedding.optimizer import FusedOptimizer
@@ -31,6 +31,8 @@ from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import Placement, Plan
 from hvd_shadowsync.embedding.planner import plan as make_plan
 from hvd_shadowsync.embedding.prefetch import Prefetcher
+from hvd_shadowsync.embedding.routing import Lookup, Router
+from hvd_shadowsync.embedding.served import Served
 from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, whole_blocks
 from hvd_shadowsync.embedding.tables import EmbeddingTable, check_tables
 from hvd_shadowsync.embedding.worker import Worker
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MODES = ("alltoall", "served")
 OUTPUTS = ("concat", "dict")
 GRADIENTS = ("mean", "sum")
 WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
@@ -65,6 +68,10 @@ class ShardedEmbeddingBag(nn.Module):
         plan: a `Plan`, a placement (or its strategy) by table name, or None (default): what `plan` finds balanced.
         optimizer: `SGD`, `Adagrad`, `RowWiseAdagrad` or `Adam` of this package, with a learning rate; see
             `fused_optimizer` for schedules.
+        mode: "alltoall" (default): lookups and updates of all ranks together, as exact as one process with the whole
+            batch. "served": each rank's on their own, answered by the owners' threads: a slow rank holds nobody up, and
+            rows are as they happen to be. Then no call waits for other ranks but construction, saving, loading and
+            `close`, a wrong input is an error of its rank alone, and a rank's gradients count 1/ranks.
         output: "concat" (default): forward returns [batch, sum of dims], features in the order of the tables; "dict":
             [batch, dim] by feature.
         gradients: "mean" (default): losses are means over each rank's samples; a rank's gradients count as its share of
@@ -92,6 +99,7 @@ class ShardedEmbeddingBag(nn.Module):
         plan: Plan | Mapping[str, Placement | str] | None = None,
         optimizer: SparseOptimizer | None = None,
         *,
+        mode: str = "alltoall",
         output: str = "concat",
         gradients: str = "mean",
         dtype: torch.dtype = torch.float32,
@@ -109,6 +117,7 @@ class ShardedEmbeddingBag(nn.Module):
                 f"optimizer={optimizer!r} is no optimizer of rows; give "
                 "hvd_shadowsync.embedding.RowWiseAdagrad(lr=0.01), or SGD, Adagrad, Adam of the same module"
             )
+        self._mode = choice("mode", mode, MODES)
         self._output, self._gradients = choice("output", output, OUTPUTS), choice("gradients", gradients, GRADIENTS)
         if dtype not in ROW_DTYPES:
             raise ValueError(f"dtype={dtype} is not supported; give torch.float32 or torch.float64")
@@ -135,13 +144,11 @@ class ShardedEmbeddingBag(nn.Module):
                 self.tables[index].name, _whole_table(self.tables[index], dtype, seed + index)
             )
         self._dtype, self._out_dtype, self._out_device = dtype, dtype, torch.device("cpu")
-        self._exchange = Exchange(
-            self._comm, self._layout, self.shards, self._kernel, Poller(spin_s=0.002),
-            wire_dtype=wire_dtype, sum_gradients=gradients == "sum", debug=debug,
-        )  # fmt: skip
+        self._exchange = self._make_exchange(wire_dtype, debug=debug)
         self._closed = self._trails = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
-        self._worker = Worker(f"shadow-embedding-{self._number}")
+        serving = self._exchange.serve_some if isinstance(self._exchange, Served) else None
+        self._worker = Worker(f"shadow-embedding-{self._number}", serving)
         self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
         _OPEN[self._number] = self
         self.register_state_dict_pre_hook(_wait_before_state)  # type: ignore[no-untyped-call]
@@ -169,13 +176,7 @@ class ShardedEmbeddingBag(nn.Module):
         """
         self._require_open("forward()")
         trains = torch.is_grad_enabled()
-        if self._ahead:
-            lookup = self._looked_up_ahead(inputs)
-        else:
-            begin = self._begin(inputs, trains=trains)
-            self._worker.wait()
-            with torch.no_grad():
-                lookup = begin()
+        lookup = self._looked_up_ahead(inputs) if self._ahead else self._do(self._begin(inputs, trains=trains))
         batch, vectors = lookup.batch, lookup.out
         if trains:
             order = list(batch.learned)
@@ -197,8 +198,9 @@ class ShardedEmbeddingBag(nn.Module):
         """Begin to take part, without data, in what the others do, until all ranks are here (collective).
 
         Returns at once: a thread serves the others. The next lookup waits until all have joined, and so does `wait()`.
+        In mode "served" there is nothing to do: nobody waits for a rank's batches.
         """
-        if self.size > 1 and not self._closed:
+        if self.size > 1 and not self._closed and not isinstance(self._exchange, Served):
             self._worker.submit(lambda: self._exchange.serve(self._dtype, closing=False))
 
     def wait(self) -> None:
@@ -268,6 +270,16 @@ class ShardedEmbeddingBag(nn.Module):
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _make_exchange(self, wire_dtype: torch.dtype | None, *, debug: bool) -> Exchange | Served:
+        router = Router(self._layout, self._comm.rank, self.shards, self._kernel)
+        sums, poller = self._gradients == "sum", Poller(spin_s=0.002)
+        if self._mode == "served" and self.size > 1:
+            scale = 1.0 if sums else 1.0 / self.size
+            return Served(
+                self._comm, router, poller, dtype=self._dtype, wire_dtype=wire_dtype, scale=scale, debug=debug
+            )
+        return Exchange(self._comm, router, poller, wire_dtype=wire_dtype, sum_gradients=sums, debug=debug)
+
     def _begin(self, inputs: Any, *, trains: bool) -> Callable[[], Lookup]:
         """Read `inputs`; return what is to be done then, where a wrong input makes all ranks fail."""
         try:
@@ -275,6 +287,8 @@ class ShardedEmbeddingBag(nn.Module):
                 inputs, self._layout.features, self._dtype, self._kernel, include_last_offset=self._include_last_offset
             )
         except (TypeError, ValueError) as error:
+            if isinstance(self._exchange, Served):
+                raise EmbeddingError(str(error)) from error
             return functools.partial(self._exchange.meetings.fail, str(error))
         return lambda: self._exchange.lookup(batch, wants_gradient=trains, dtype=self._dtype)
 
@@ -283,14 +297,20 @@ class ShardedEmbeddingBag(nn.Module):
         gradient = gradient.detach().to("cpu", self._dtype)
         rule, trails = self.fused_optimizer.rule, self._trails
         self.fused_optimizer.step()
-        found = self._exchange.weight_gradients(lookup, gradient)
-        if self._ahead or trails:
+        found = Router.weight_gradients(lookup, gradient)
+        if self._ahead or trails or isinstance(self._exchange, Served):
             self._worker.submit(lambda: self._update(lookup, gradient, rule, trails=trails))
         else:
-            self._worker.wait()
-            with torch.no_grad():
-                self._update(lookup, gradient, rule, trails=False)
+            self._do(lambda: self._update(lookup, gradient, rule, trails=False))
         return found
+
+    def _do(self, task: Callable[[], T]) -> T:
+        """Do `task` after all that was begun: here, or where there is a serving thread, in that."""
+        if isinstance(self._exchange, Served):
+            return self._worker.submit(task).result()
+        self._worker.wait()
+        with torch.no_grad():
+            return task()
 
     def _update(self, lookup: Lookup, gradient: Tensor, rule: SparseOptimizer, *, trails: bool) -> None:
         self.shards.rule = rule
@@ -318,7 +338,7 @@ class ShardedEmbeddingBag(nn.Module):
         if self.size > 1:
             settings: dict[str, Any] = {f"table {table.name!r}": _described(table) for table in self.tables}
             settings |= {"plan": self.plan.placements, "optimizer": rule, "gradients": self._gradients}
-            settings |= {"dtype": dtype, "wire_dtype": wire, "seed": seed}
+            settings |= {"mode": self._mode, "dtype": dtype, "wire_dtype": wire, "seed": seed}
             agree.require_same(self._comm, agree.describe_settings(settings))
 
     def _require_open(self, call: str) -> None:
@@ -329,7 +349,10 @@ class ShardedEmbeddingBag(nn.Module):
         probe = fn(torch.empty(0, dtype=self._out_dtype, device=self._out_device))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._out_dtype, self._out_device = probe.dtype, probe.device
-        self._dtype = probe.dtype if probe.dtype in ROW_DTYPES else self._dtype
+        if probe.dtype in ROW_DTYPES:
+            self._dtype = probe.dtype
+            if isinstance(self._exchange, Served):
+                self._exchange.convert(probe.dtype)
         return self
 
 

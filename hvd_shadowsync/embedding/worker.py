@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from hvd_shadowsync.comm.poll import sleep_on_time
+from hvd_shadowsync.comm.poll import Poller, sleep_on_time
 
 T = TypeVar("T")
 
@@ -19,14 +19,21 @@ class Worker:
     """Runs tasks in the order in which they were given, in a daemon thread that is there while it is needed.
 
     After a task that fails no other is begun: theirs fail with the same error.
+
+    Args:
+        name: of the thread.
+        meanwhile: done again and again while there is no task, with pauses where it returns that it did nothing; with
+            it the thread is there from the beginning.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, meanwhile: Callable[[], bool] | None = None) -> None:
+        self._name, self._meanwhile, self._poller = name, meanwhile, Poller()
         self._tasks: queue.SimpleQueue[tuple[Callable[[], object], Future[object]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Future[object] | None = None
         self._failure: BaseException | None = None
+        if meanwhile is not None:
+            self._start()
 
     def submit(self, task: Callable[[], T]) -> Future[T]:
         """Have `task` done after those before it, without gradients being recorded."""
@@ -34,15 +41,16 @@ class Worker:
         self._tasks.put((task, future))  # type: ignore[arg-type]
         self._last = future  # type: ignore[assignment]
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
+            self._start()
         return future
 
     def wait(self) -> None:
-        """Return when all tasks are done; raise what the first of them that failed raised."""
+        """Return when all tasks are done; raise what the first thing that failed raised."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Let go of the thread, after the tasks that it has."""
@@ -51,9 +59,31 @@ class Worker:
             self._thread.join()
             self._thread = None
 
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        self._thread.start()
+
+    def _next(self) -> tuple[Callable[[], object], Future[object]] | None:
+        polls = 0
+        while self._meanwhile is not None and self._failure is None:
+            try:
+                return self._tasks.get_nowait()
+            except queue.Empty:
+                polls = 0 if self._try(self._meanwhile) else polls + 1
+                self._poller.pause(polls)
+        return self._tasks.get()
+
+    def _try(self, meanwhile: Callable[[], bool]) -> bool:
+        try:
+            with torch.no_grad():
+                return meanwhile()
+        except BaseException as error:
+            self._failure = error
+            return False
+
     def _work(self) -> None:
         sleep_on_time()
-        while (next_one := self._tasks.get()) is not None:
+        while (next_one := self._next()) is not None:
             task, future = next_one
             if self._failure is None:
                 try:
