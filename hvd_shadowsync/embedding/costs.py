@@ -17,11 +17,11 @@ from hvd_shadowsync.embedding.placement import (
 )
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 
-# Measured with the compiled kernel on one core of an AMD EPYC (AVX-512; 1 MiB L2, 32 MiB L3 shared), pooling 8 tables
-# alike and then updating them: 1e3, 3e4 or 1e6 rows of 8 to 128 floats; 16 to 4096 bags of 1, 5 or 20 ids, even or
-# skewed; row-wise Adagrad and Adam. Half of the 160 times lie between 0.75 and 1.1 of what the model says, and 80 %
-# between 0.55 and 1.3. 13 tables of 1e6 x 32, 4096 bags: 5.6 ms with 1 id a bag (model: 6), 65 ms with 20 (model: 70).
-SHARD_US = 30.0  # a part of a table, whatever its size; 101 tables took 37 us a table longer than one, forth and back
+# Measured with the compiled kernel on one core of an AMD EPYC (AVX-512; L2 1 MiB, L3 32 MiB), pooling 8 equal tables and
+# then updating them: 1e3, 3e4 and 1e6 rows of 8 to 128 floats; 4096 bags of 1, 5 and 20 ids, even and skewed; row-wise
+# Adagrad and Adam. Of these 108 times half are between 0.82 and 1.22 of the model's, 80 % between 0.68 and 1.42. 13
+# tables of 1e6 x 32 took 5.6 ms with 1 id a bag (model: 5.1) and 65 ms with 20 (67).
+SHARD_US = 30.0  # a part of a table, whatever its size; in a world of one, 101 tables of one id took 37 us each
 ID_US = 0.005  # an id: sorted, pooled and given its gradient in the caches
 ROW_US = 0.015  # a row that a step touches, out of reach of the caches but prefetched
 CACHE_BYTES_PER_US = 30_000.0
@@ -53,9 +53,7 @@ class TableCost:
         if self.compute_us is not None:
             check_interval("compute_us", self.compute_us, low=0.0, high=INFINITY, high_included=False)
         if self.batch_size is not None:
-            check_interval(
-                "batch_size", self.batch_size, low=0.0, high=INFINITY, low_included=False, high_included=False
-            )
+            check_interval("batch_size", self.batch_size, low=1.0, high=INFINITY, high_included=False)
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,11 @@ class CostModel:
         compute = SHARD_US + ids (ID_US + row) + unique (ROW_US + 3 row + 2 state) + 2 vectors
         wire    = (ids + bags) ID_BYTES + 2 vectors,  of which 1/world_size stays where it is
 
-    with bytes over their bandwidth: that of the caches for the row of an id; that of the memory for what a step touches
-    first, rows that are read twice and written, state that is read and written, and vectors. A vector is sent forth and its gradient back, for each bag, or for each distinct
-    row where those are fewer. Row-wise parts have a share of the ids, but a vector for (nearly) every bag, which is
-    summed up where it arrives. Column-wise parts have all ids, and a share of each row. A replica has the ids of its
-    own rank, and its weights averaged.
+    with bytes over their bandwidth: for the row of an id that of the caches; for the rest that of memory, where each
+    distinct row is read twice and written once, its state read and written. A vector is sent forth and its gradient
+    back, for each bag, or for each distinct row where those are fewer. Row-wise parts have a share of the ids, but a
+    vector for (nearly) every bag, which is summed up where it arrives. Column-wise parts have all ids, and a share of
+    each row. A replica has the ids of its own rank, and its weights averaged.
 
     Attributes:
         world_size: ranks.

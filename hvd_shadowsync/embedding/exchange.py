@@ -108,6 +108,9 @@ class Exchange:
                 self._served.clear()
                 return
 
+    def free(self) -> None:
+        """Give back what this object made: nothing."""
+
     def leave_unused(self, lookup: Lookup) -> None:
         """Say that `lookup` will have no gradient here; while this rank serves others, it counts as zero."""
         lookup.out = torch.zeros_like(lookup.out)

@@ -115,8 +115,11 @@ class Served:
             self._poller.wait([here], meanwhile=self._service.serve)
             while not self._service.idle:
                 self._service.serve()
-            for comm in self._pair:
-                comm.free()
+
+    def free(self) -> None:
+        """Give the communicators back, when no thread serves any more (collective)."""
+        for comm in self._pair:
+            comm.free()
 
     def serve_some(self) -> bool:
         """Answer what has come in; tell whether anything was done. The thread calls it when it has nothing to do."""

@@ -218,6 +218,7 @@ class ShardedEmbeddingBag(nn.Module):
                 self._worker.wait()
             finally:
                 self._worker.stop()
+            self._exchange.free()
             self._comm.free()
 
     def metrics(self) -> dict[str, float]:

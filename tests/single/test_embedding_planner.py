@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from hvd_shadowsync.embedding.costs import CostModel, TableCost
 from hvd_shadowsync.embedding.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad, SparseOptimizer
 from hvd_shadowsync.embedding.placement import (
     COLUMN_WISE,
@@ -19,7 +20,7 @@ from hvd_shadowsync.embedding.placement import (
     TABLE_WISE,
     Plan,
 )
-from hvd_shadowsync.embedding.planner import PLANNED, CostModel, TableCost, plan
+from hvd_shadowsync.embedding.planner import PLANNED, plan
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 
 Problem = tuple[list[EmbeddingTable], int, dict[str, TableCost]]
@@ -174,6 +175,15 @@ def test_measured_times_count() -> None:
     assert slow.costs[0] > 2 * 3e5 > slow.costs[2]
 
 
+def test_measured_times_are_scaled_to_the_batch_of_the_plan() -> None:
+    tables = [EmbeddingTable("a", 1000, 16)]
+    costs = [
+        plan(tables, 2, {"a": cost}, batch_size=2000, strategy=TABLE_WISE).costs
+        for cost in (TableCost(compute_us=1e3, batch_size=500.0), TableCost(compute_us=4e3))
+    ]
+    assert costs[0] == pytest.approx(costs[1])
+
+
 def test_the_cost_model() -> None:
     table = EmbeddingTable("a", 1000, 64)
     model = CostModel(world_size=4, batch_size=100, element_bytes=4)
@@ -185,7 +195,12 @@ def test_the_cost_model() -> None:
     assert model.wire_bytes(table, cost, REPLICATED, 4) == 0.75 * 2 * 256_000
     assert model.wire_bytes(table, TableCost(0.5), TABLE_WISE, 1) == 0.75 * (600 * 4 + 2 * 200 * 256), "empty bags"
     whole = model.compute_us(table, cost, TABLE_WISE, 1)
-    assert whole == pytest.approx(5 + 8000 * (0.03 + 2 * 0.0256) + 2 * 400 * 0.0256)
+    assert whole == pytest.approx(30 + 4000 * (0.005 + 256 / 30_000) + 4000 * (0.015 + 3 * 0.0256) + 2 * 400 * 0.0256)
+    assert model.compute_us(table, TableCost(10.0, 0.5), TABLE_WISE, 1) == pytest.approx(
+        whole - 2000 * (0.015 + 0.0768)
+    )
+    adam = CostModel(4, 100, 4, state=(2, 0)).compute_us(table, cost, TABLE_WISE, 1)
+    assert adam == pytest.approx(whole + 4000 * 2 * 0.0512), "twice a row's bytes of state, read and written"
     assert (
         whole / 4 < model.compute_us(table, cost, ROW_WISE, 4) < model.compute_us(table, cost, COLUMN_WISE, 4) < whole
     )
@@ -274,6 +289,7 @@ def test_wrong_arguments(given: dict[str, Any], message: str) -> None:
         ({"pooling_factor": float("inf")}, "pooling_factor=inf is outside"),
         ({"unique_fraction": 1.5}, "unique_fraction=1.5 is outside"),
         ({"compute_us": -0.1}, "compute_us=-0.1 is outside"),
+        ({"batch_size": 0.5}, "batch_size=0.5 is outside"),
     ],
 )
 def test_wrong_costs(given: dict[str, Any], message: str) -> None:

@@ -74,6 +74,23 @@ def test_uneven_data_and_lookups_ahead(comm: Communicator, depth: int) -> None:
     assert not any(table.isnan().any() for table in tables.values())
 
 
+@pytest.mark.parametrize("strategy", ["table-wise", "mixed"])
+def test_served_without_lockstep(comm: Communicator, strategy: str) -> None:
+    """SGD on gradients that do not depend on the rows: whatever the interleaving, the tables end alike."""
+    problem = Problem(sizes=(4,))
+    expected = train_plain(problem, comm.size, SGD(0.5), 10)
+    module = make(comm, problem, placements(problem, strategy, comm.size), SGD(0.5), mode="served")
+    for step in range(10):
+        bags = {name: (ids, at) for name, (ids, at, _) in problem.bags(comm.rank, step).items()}
+        problem.loss(module(bags), comm.rank, step).backward()
+    module.wait()
+    comm.allgather_object(None)
+    tables = whole_tables(comm, module)
+    module.close()
+    for name, table in expected.tables.items():
+        torch.testing.assert_close(tables[name], table, rtol=0, atol=1e-12)
+
+
 def test_a_wrong_id_is_an_error_on_every_rank(comm: Communicator) -> None:
     problem = Problem()
     module = make(comm, problem, placements(problem, "mixed", comm.size), SGD(0.5))
