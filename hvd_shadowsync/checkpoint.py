@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from hvd_shadowsync.arguments import check_rounds_state
+from hvd_shadowsync.embedding import files
+from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.errors import CheckpointError
 from hvd_shadowsync.optimizer import ShadowSync
+from hvd_shadowsync.owned import is_owned
 
 
 def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync, *, extra: Any = None) -> None:
@@ -21,6 +24,9 @@ def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync,
     Weights become their mean on every rank (`ShadowSync.synchronize`), floating-point optimizer state as well. The
     file holds `{"model": ..., "optimizer": ..., "extra": ...}`, as scripts save it that never heard of us; the rounds'
     state is in the optimizer's part under "shadow_sync", which a plain optimizer passes over.
+
+    Tables of a `ShardedEmbeddingBag` in the model go to a folder beside the file, `<path>.<name of the module>`, each
+    rank's rows by itself (`embedding.files`); they are written before the file.
 
     Args:
         path: the file; written under a temporary name, flushed to disk, then renamed.
@@ -33,11 +39,14 @@ def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync,
     """
     sync.synchronize()
     sync.average_optimizer_state()
+    for name, module in _sharded(model):
+        files.save(_folder(path, name), module)
     failure = None
     if sync.rank == 0:
         try:
             _require_loadable(extra)
-            _write(Path(path), {"model": model.state_dict(), "optimizer": sync.optimizer.state_dict(), "extra": extra})
+            shared = {name: value for name, value in model.state_dict().items() if not _is_of_one_rank(value)}
+            _write(Path(path), {"model": shared, "optimizer": sync.optimizer.state_dict(), "extra": extra})
         except OSError as error:
             failure = f"{path} cannot be written ({error}); give a folder that exists and has room"
         except CheckpointError as error:
@@ -58,11 +67,14 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
         state = dict(content["optimizer"])
         rounds = state.pop("shadow_sync", None)
         check_rounds_state(rounds)
-        model.load_state_dict(content["model"])
+        own = {name: value for name, value in model.state_dict().items() if _is_of_one_rank(value)}
+        model.load_state_dict({**content["model"], **own})
         sync.optimizer.load_state_dict(state)
     except (CheckpointError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         failure = str(error) if isinstance(error, CheckpointError) else f"{path} does not fit the model: {error}"
     _raise_everywhere(sync, failure)
+    for name, module in _sharded(model):
+        files.load(_folder(path, name), module)
     sync.load_state_dict(rounds or None)
     return content.get("extra")
 
@@ -82,6 +94,18 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not {"model", "optimizer"} <= set(content):
         raise CheckpointError(f"{path} is no checkpoint: it has no 'model' and 'optimizer'; save with checkpoint.save")
     return dict(content)
+
+
+def _sharded(model: torch.nn.Module) -> list[tuple[str, ShardedEmbeddingBag]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ShardedEmbeddingBag)]
+
+
+def _folder(path: str | os.PathLike[str], name: str) -> Path:
+    return Path(f"{os.fspath(path)}.{name or 'tables'}")
+
+
+def _is_of_one_rank(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and is_owned(value)
 
 
 def _require_loadable(extra: Any) -> None:

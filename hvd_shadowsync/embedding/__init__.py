@@ -9,7 +9,7 @@ from hvd_shadowsync.embedding.planner import plan
 from hvd_shadowsync.embedding.profile import profile
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.embedding.tables import EmbeddingTable
-from hvd_shadowsync.embedding.whole import Block, global_state_dict, load_global_state_dict
+from hvd_shadowsync.embedding.whole import Block
 
 __all__ = [
     "SGD",
@@ -25,8 +25,6 @@ __all__ = [
     "ShardedEmbeddingBag",
     "TableCost",
     "files",
-    "global_state_dict",
-    "load_global_state_dict",
     "plan",
     "profile",
 ]

@@ -17,10 +17,10 @@ from hvd_shadowsync.embedding.placement import (
 )
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 
-# Measured with the compiled kernel on one core of an AMD EPYC (AVX-512; L2 1 MiB, L3 32 MiB), pooling 8 equal tables and
+# Measured with the compiled kernel on one core of an AMD EPYC (AVX-512; L2 1 MiB, L3 32 MiB), pooling 8 tables and
 # then updating them: 1e3, 3e4 and 1e6 rows of 8 to 128 floats; 4096 bags of 1, 5 and 20 ids, even and skewed; row-wise
 # Adagrad and Adam. Of these 108 times half are between 0.82 and 1.22 of the model's, 80 % between 0.68 and 1.42. 13
-# tables of 1e6 x 32 took 5.6 ms with 1 id a bag (model: 5.1) and 65 ms with 20 (67).
+# tables of 1e6 x 32 took 5 to 7 ms with 1 id a bag (model: 5.1) and 62 to 91 ms with 20 (67), others using the machine.
 SHARD_US = 30.0  # a part of a table, whatever its size; in a world of one, 101 tables of one id took 37 us each
 ID_US = 0.005  # an id: sorted, pooled and given its gradient in the caches
 ROW_US = 0.015  # a row that a step touches, out of reach of the caches but prefetched

@@ -9,7 +9,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,10 +22,11 @@ from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.embedding import kernels
+from hvd_shadowsync.embedding import kernels, whole
 from hvd_shadowsync.embedding.exchange import Exchange
 from hvd_shadowsync.embedding.inputs import Batch, read_batch
 from hvd_shadowsync.embedding.layout import Layout
+from hvd_shadowsync.embedding.meeting import Meetings
 from hvd_shadowsync.embedding.optimizer import FusedOptimizer
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import Placement, Plan
@@ -35,6 +36,7 @@ from hvd_shadowsync.embedding.routing import Lookup, Router
 from hvd_shadowsync.embedding.served import Served
 from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, whole_blocks
 from hvd_shadowsync.embedding.tables import EmbeddingTable, check_tables
+from hvd_shadowsync.embedding.whole import Block
 from hvd_shadowsync.embedding.worker import Worker
 from hvd_shadowsync.errors import EmbeddingError, ShadowSyncError
 
@@ -153,7 +155,7 @@ class ShardedEmbeddingBag(nn.Module):
         _OPEN[self._number] = self
         self.register_state_dict_pre_hook(_wait_before_state)  # type: ignore[no-untyped-call]
         if self._comm.spans_processes and self._comm.size > 1:
-            atexit.register(_close_at_exit, weakref.ref(self))
+            atexit.register(self._close_at_exit)
 
     @property
     def rank(self) -> int:
@@ -164,6 +166,11 @@ class ShardedEmbeddingBag(nn.Module):
     def size(self) -> int:
         """The number of ranks that hold the tables."""
         return self._comm.size
+
+    @property
+    def meetings(self) -> Meetings:
+        """Where all ranks say what they are about; for `whole`."""
+        return self._exchange.meetings
 
     def forward(self, inputs: Any) -> Tensor | dict[str, Tensor]:
         """Look up `inputs`, which `inputs.read_batch` describes; the output takes part in autograd (collective).
@@ -212,6 +219,7 @@ class ShardedEmbeddingBag(nn.Module):
         if not self._closed:
             self._closed = True
             _OPEN.pop(self._number, None)
+            atexit.unregister(self._close_at_exit)
             try:
                 if self.size > 1:
                     self._worker.submit(lambda: self._exchange.serve(self._dtype, closing=True))
@@ -220,6 +228,16 @@ class ShardedEmbeddingBag(nn.Module):
                 self._worker.stop()
             self._exchange.free()
             self._comm.free()
+
+    def global_state_dict(
+        self, *, block_rows: int = whole.BLOCK_ROWS, state: bool = True, root: int | None = None
+    ) -> Iterator[Block]:
+        """Iterate over whole tables in blocks of rows, none ever whole on a rank; see `whole.global_state_dict`."""
+        return whole.global_state_dict(self, block_rows=block_rows, state=state, root=root)
+
+    def load_global_state_dict(self, blocks: Iterable[Block] | Mapping[str, Tensor]) -> None:
+        """Take this rank's rows out of blocks, or of whole tables by name; see `whole.load_global_state_dict`."""
+        whole.load_global_state_dict(self, blocks)
 
     def metrics(self) -> dict[str, float]:
         """Return what this rank has sent, in bytes: ids, vectors, gradients; and in all per lookup."""
@@ -342,6 +360,16 @@ class ShardedEmbeddingBag(nn.Module):
             settings |= {"mode": self._mode, "dtype": dtype, "wire_dtype": wire, "seed": seed}
             agree.require_same(self._comm, agree.describe_settings(settings))
 
+    def _close_at_exit(self) -> None:
+        if mpi.is_forked():
+            return
+        logger.info("close() was not called; serving until all ranks are done")
+        try:
+            self.close()
+        except ShadowSyncError:
+            logger.exception("the exchange of embeddings ended with an error")
+            mpi.end_job("the exchange of embeddings failed")
+
     def _require_open(self, call: str) -> None:
         if self._closed:
             raise ShadowSyncError(f"{call} came after close(); make a new ShardedEmbeddingBag to go on")
@@ -403,17 +431,6 @@ def _described(table: EmbeddingTable) -> tuple[Any, ...]:
 
 def _whole_table(table: EmbeddingTable, dtype: torch.dtype, seed: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([block for _, block in whole_blocks(table, seed, dtype)]))
-
-
-def _close_at_exit(reference: weakref.ref[ShardedEmbeddingBag]) -> None:
-    module = reference()
-    if module is None or mpi.is_forked():
-        return
-    try:
-        module.close()
-    except ShadowSyncError:
-        logger.exception("the exchange of embeddings ended with an error")
-        mpi.end_job("the exchange of embeddings failed")
 
 
 def join_all(owner: threading.Thread) -> None:

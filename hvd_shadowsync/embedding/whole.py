@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvd_shadowsync.checks import check_count, check_flag
-from hvd_shadowsync.comm.base import Request
+from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.embedding.meeting import NAMES, SERVING, Call
+from hvd_shadowsync.embedding.meeting import NAMES, SERVING, Call, Meetings
 from hvd_shadowsync.embedding.optimizers import Adagrad, RowWiseAdagrad, SparseOptimizer
 from hvd_shadowsync.embedding.placement import Plan, RowHash, RowRange, Shard
-from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
+from hvd_shadowsync.embedding.shards import Shards
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 from hvd_shadowsync.errors import CheckpointError, EmbeddingError
 
@@ -27,6 +27,37 @@ BLOCK_ROWS = 1 << 16
 BLOCK_BYTES = 1 << 28
 WHOLE_TAG = 2
 POLLER = Poller(spin_s=0.002)
+
+
+class Sharded(Protocol):
+    """What is asked of a `ShardedEmbeddingBag`."""
+
+    tables: tuple[EmbeddingTable, ...]
+    plan: Plan
+    shards: Shards
+    replicated: nn.Module
+    _comm: Communicator
+    _dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+
+    @property
+    def meetings(self) -> Meetings:
+        """Where all ranks say what they are about."""
+
+    def join(self) -> None:
+        """Serve others."""
+
+    def wait(self) -> None:
+        """Wait until all that was begun is done."""
+
+    def _require_open(self, call: str) -> None: ...
 
 
 class Block(NamedTuple):
@@ -48,7 +79,7 @@ class Block(NamedTuple):
 
 
 def global_state_dict(
-    module: ShardedEmbeddingBag, *, block_rows: int = BLOCK_ROWS, state: bool = True, root: int | None = None
+    module: Sharded, *, block_rows: int = BLOCK_ROWS, state: bool = True, root: int | None = None
 ) -> Iterator[Block]:
     """Iterate over whole tables, put together in blocks of rows (collective; training thread).
 
@@ -81,7 +112,7 @@ def global_state_dict(
     return _stream(module, block_rows, state, root)
 
 
-def load_global_state_dict(module: ShardedEmbeddingBag, blocks: Iterable[Block] | Mapping[str, Tensor]) -> None:
+def load_global_state_dict(module: Sharded, blocks: Iterable[Block] | Mapping[str, Tensor]) -> None:
     """Give `module` the rows of whole tables, of which every rank takes its own (collective; training thread).
 
     State of another column division becomes the mean over the old parts that a shard's columns overlap, by their
@@ -121,7 +152,7 @@ def load_global_state_dict(module: ShardedEmbeddingBag, blocks: Iterable[Block] 
 # --- meeting ----------------------------------------------------------------------------------------------------------
 
 
-def enter(module: ShardedEmbeddingBag, call: str) -> None:
+def enter(module: Sharded, call: str) -> None:
     """Begin `call` together with all ranks, after whatever they still do in the background (collective)."""
     module._require_open(call)
     while serving := _meet(module, call):
@@ -130,7 +161,7 @@ def enter(module: ShardedEmbeddingBag, call: str) -> None:
         module.join()
 
 
-def agree(module: ShardedEmbeddingBag, call: str, failure: str | None, value: Any = None) -> list[Any]:
+def agree(module: Sharded, call: str, failure: str | None, value: Any = None) -> list[Any]:
     """Return every rank's `value`, or raise `CheckpointError` on every rank with the first failure (collective)."""
     _require_all(module, call)
     everyone = module._comm.allgather_object((failure, value))
@@ -140,7 +171,7 @@ def agree(module: ShardedEmbeddingBag, call: str, failure: str | None, value: An
     return [each for _, each in everyone]
 
 
-def _require_all(module: ShardedEmbeddingBag, call: str) -> None:
+def _require_all(module: Sharded, call: str) -> None:
     if serving := _meet(module, call):
         _raise_left(call, serving)
 
@@ -153,10 +184,10 @@ def _raise_left(call: str, serving: dict[int, Call]) -> NoReturn:
     )
 
 
-def _meet(module: ShardedEmbeddingBag, call: str) -> dict[int, Call]:
+def _meet(module: Sharded, call: str) -> dict[int, Call]:
     """Return the ranks that do nothing of their own but serve the others; they do not take part in `call`."""
     module.wait()
-    meetings = module._exchange.meetings
+    meetings = module.meetings
     words = meetings.meet(Call.GLOBAL, about=zlib.crc32(call.encode()), what=call)
     meetings.raise_failure(words)
     return {rank: Call(word.call) for rank, word in enumerate(words) if word.call in SERVING}
@@ -179,7 +210,7 @@ class Holding(NamedTuple):
     steps: Tensor | None
 
 
-def holdings(module: ShardedEmbeddingBag) -> list[Holding]:
+def holdings(module: Sharded) -> list[Holding]:
     """Return what this rank holds, replicated tables last."""
     found = []
     for index, shard in enumerate(module.shards.owned):
@@ -250,7 +281,7 @@ def compact(index: Tensor) -> Tensor | slice:
 # --- putting together -------------------------------------------------------------------------------------------------
 
 
-def _stream(module: ShardedEmbeddingBag, block_rows: int, state: bool, root: int | None) -> Iterator[Block]:
+def _stream(module: Sharded, block_rows: int, state: bool, root: int | None) -> Iterator[Block]:
     call = f"global_state_dict(block_rows={block_rows}, state={state}, root={root})"
     enter(module, call)
     receivers = range(module.size) if root is None else (root,)
@@ -270,7 +301,7 @@ def _stream(module: ShardedEmbeddingBag, block_rows: int, state: bool, root: int
 class _Gathering:
     """Sends parts of one table from their owners to `receivers`."""
 
-    def __init__(self, module: ShardedEmbeddingBag, index: int, receivers: Sequence[int]) -> None:
+    def __init__(self, module: Sharded, index: int, receivers: Sequence[int]) -> None:
         self._comm, self._receivers, self._table = module._comm, receivers, module.tables[index]
         self._mine = {holding.shard: holding for holding in holdings(module)}
         self._parts = _parts(module.plan, index)
@@ -339,7 +370,7 @@ def _parts(plan: Plan, index: int) -> list[Shard]:
 class _Loading:
     """Takes blocks of whole tables into what this rank holds; every rank sees the same blocks and finds the same."""
 
-    def __init__(self, module: ShardedEmbeddingBag) -> None:
+    def __init__(self, module: Sharded) -> None:
         self._rule, self._rank = module.shards.rule, module.rank
         self._tables = {table.name: table for table in module.tables}
         self._holdings: dict[str, list[Holding]] = {name: [] for name in self._tables}

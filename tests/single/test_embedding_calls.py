@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from embeddings import Problem, make, placements, whole_tables
 from ranks_as_threads import on_ranks
 from torch import Tensor, nn
 
-from hvd_shadowsync import EmbeddingError, ModelAveraging, ReplicaMismatchError, ShadowSync, ShadowSyncError
+from hvd_shadowsync import EmbeddingError, ModelAveraging, ReplicaMismatchError, ShadowSync, ShadowSyncError, checkpoint
 from hvd_shadowsync.broadcast import broadcast_parameters
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import (
@@ -589,6 +590,41 @@ def test_what_the_module_shows() -> None:
         assert (wide, half) == (torch.float64, torch.bfloat16)
         assert dtypes == {torch.float64, torch.int64}
         assert "2 tables, 16 rows" in shown
+
+
+def test_a_checkpoint_has_the_tables_beside_it(tmp_path: Path) -> None:
+    """Saved on two ranks, loaded on three, under another placement."""
+    path = tmp_path / "model.pt"
+
+    def handle(comm: Communicator, **plan: Placement | str) -> tuple[Model, ShadowSync]:
+        model = model_on(comm, **plan)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, ShadowSync(optimizer, model=model, communicator=comm, sync_every=1)
+
+    def look(comm: Communicator, model: Model, sync: ShadowSync) -> Any:
+        tables = whole_tables(comm, model.embedding)
+        sync.close()
+        model.embedding.close()
+        return {**tables, "top": model.top.weight.detach().clone()}
+
+    def saving(comm: Communicator) -> Any:
+        model, sync = handle(comm)
+        for step in range(3):
+            sync.optimizer.zero_grad()
+            model(torch.full((2, 2), (step + comm.rank) % 6)).sum().backward()
+            sync.optimizer.step()
+        checkpoint.save(path, model, sync, extra={"epoch": 1})
+        return look(comm, model, sync)
+
+    def loading(comm: Communicator) -> Any:
+        model, sync = handle(comm, a="column-wise", b="row-wise hashed")
+        assert checkpoint.load(path, model, sync) == {"epoch": 1}
+        return look(comm, model, sync)
+
+    saved, loaded = on_ranks(2, saving)[0], on_ranks(3, loading)
+    assert (tmp_path / "model.pt.embedding" / "index.json").exists()
+    assert all(torch.equal(each[name], saved[name]) for each in loaded for name in saved)
+    assert not any("shards" in name for name in torch.load(path, weights_only=True)["model"])
 
 
 def test_schedulers_change_the_learning_rate_of_rows() -> None:

@@ -30,7 +30,7 @@ from hvd_shadowsync.embedding import (
     whole,
 )
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
-from hvd_shadowsync.embedding.whole import Block, global_state_dict, load_global_state_dict
+from hvd_shadowsync.embedding.whole import Block
 from hvd_shadowsync.errors import CheckpointError, EmbeddingError, ShadowSyncError
 
 PLACEMENTS: dict[str, Placement | str] = {
@@ -116,7 +116,7 @@ def content(module: ShardedEmbeddingBag) -> Content:
 
 def streamed(module: ShardedEmbeddingBag, **more: Any) -> Content:
     parts: dict[tuple[str, str], list[Tensor]] = {}
-    for block in global_state_dict(module, **more):
+    for block in module.global_state_dict(**more):
         assert block.first_row == sum(map(len, parts.get(block[:2], [])))
         parts.setdefault(block[:2], []).append(block.values)
     return {key: torch.cat(blocks) for key, blocks in parts.items()}
@@ -184,7 +184,7 @@ def test_blocks_are_no_larger_than_asked_for_and_no_views(monkeypatch: pytest.Mo
     def use(module: ShardedEmbeddingBag) -> list[tuple[str, int]]:
         before = content(module)
         blocks = []
-        for block in global_state_dict(module, block_rows=11):
+        for block in module.global_state_dict(block_rows=11):
             blocks.append((block.table, len(block.values)))
             block.values.fill_(-1)
         assert same(content(module), before)
@@ -198,16 +198,16 @@ def test_blocks_are_no_larger_than_asked_for_and_no_views(monkeypatch: pytest.Mo
 def test_bounds_of_the_arguments() -> None:
     def use(module: ShardedEmbeddingBag) -> None:
         with pytest.raises(ValueError, match="block_rows=0"):
-            global_state_dict(module, block_rows=0)
+            module.global_state_dict(block_rows=0)
         with pytest.raises(ValueError, match="root=2 is no rank of 2"):
-            global_state_dict(module, root=2)
+            module.global_state_dict(root=2)
 
     on_modules(2, use)
 
 
 def test_a_rank_that_leaves_off_iterating_is_named() -> None:
     def use(module: ShardedEmbeddingBag) -> str:
-        blocks = global_state_dict(module, block_rows=10)
+        blocks = module.global_state_dict(block_rows=10)
         next(blocks)
         if module.rank == 1:
             return ""
@@ -268,8 +268,8 @@ def test_nothing_is_saved_or_loaded_after_close(tmp_path: Path) -> None:
         module.close()
         for call in (
             lambda: files.save(tmp_path, module),
-            lambda: list(global_state_dict(module)),
-            lambda: load_global_state_dict(module, {}),
+            lambda: list(module.global_state_dict()),
+            lambda: module.load_global_state_dict({}),
         ):
             with pytest.raises(ShadowSyncError, match="after close"):
                 call()
@@ -284,13 +284,13 @@ def test_nothing_is_saved_or_loaded_after_close(tmp_path: Path) -> None:
 def test_whole_tables_go_on_at_another_world_size(rule: SparseOptimizer) -> None:
     def blocks(module: ShardedEmbeddingBag) -> tuple[list[Block], Content]:
         train(module)
-        return list(global_state_dict(module, block_rows=9)), content(module)
+        return list(module.global_state_dict(block_rows=9)), content(module)
 
     given, expected = on_modules(4, blocks, rule)[0]
 
     def use(module: ShardedEmbeddingBag) -> Content:
         train(module, 1)
-        load_global_state_dict(module, iter(given))
+        module.load_global_state_dict(iter(given))
         return content(module)
 
     for size in (1, 3):
@@ -304,7 +304,7 @@ def test_whole_weights_of_plain_modules() -> None:
 
     def use(module: ShardedEmbeddingBag) -> Content:
         train(module)
-        load_global_state_dict(module, {name: bag.weight for name, bag in bags.items()})
+        module.load_global_state_dict({name: bag.weight for name, bag in bags.items()})
         return content(module)
 
     found = on_modules(3, use)[0]
@@ -322,7 +322,7 @@ def test_row_wise_sums_become_means_over_old_parts() -> None:
     def use(module: ShardedEmbeddingBag) -> Content:
         weight = torch.zeros(6, 12)
         state = [Block("columns", "sum", 0, old), Block("columns", "steps", 0, torch.tensor([5]))]
-        load_global_state_dict(module, [Block("columns", "weight", 0, weight), *state])
+        module.load_global_state_dict([Block("columns", "weight", 0, weight), *state])
         return content(module)
 
     expected = {
@@ -372,14 +372,14 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_refused_on_every_rank(name: str) -> None:
     given, message = WRONG[name]
-    messages = on_modules(2, refused(lambda module: load_global_state_dict(module, given)))
+    messages = on_modules(2, refused(lambda module: module.load_global_state_dict(given)))
     assert messages[0] == messages[1]
     assert message in messages[0]
 
 
 def test_an_iterator_that_fails_on_one_rank_fails_on_all() -> None:
     def use(module: ShardedEmbeddingBag) -> None:
-        load_global_state_dict(module, broken() if module.rank == 1 else WHOLE)
+        module.load_global_state_dict(broken() if module.rank == 1 else WHOLE)
 
     assert on_modules(3, refused(use)) == ["rank 1: blocks ended in OSError('the disk is gone')"] * 3
 
@@ -388,7 +388,7 @@ def test_a_mapping_that_is_refused_on_one_rank_changes_nothing() -> None:
     def use(module: ShardedEmbeddingBag) -> None:
         before = content(module)
         fit = {table.name: torch.zeros(table.num_embeddings, table.embedding_dim) for table in TABLES}
-        refused(lambda module: load_global_state_dict(module, {} if module.rank else fit))(module)
+        refused(lambda module: module.load_global_state_dict({} if module.rank else fit))(module)
         assert same(content(module), before)
 
     on_modules(2, use)

@@ -128,5 +128,3 @@ def test_a_wrong_input_is_an_error_of_its_rank() -> None:
         return message
 
     assert "feature 'ad' has the id" in on_ranks(2, program)[1]
-
-

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, EmbeddingTable, RowWiseAdagrad, ShardedEmbeddingBag, files
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
-from hvd_shadowsync.embedding.whole import global_state_dict, load_global_state_dict
 
 RULES: dict[str, SparseOptimizer] = {
     "sgd": SGD(0.5),
@@ -85,9 +84,9 @@ def check_loaded(folder: Path, module: ShardedEmbeddingBag) -> None:
     for key in found:
         if key != ("columns", "sum") or found[key].shape == saved[key].shape:
             assert torch.equal(found[key], saved[key]), key
-    blocks = list(global_state_dict(module, block_rows=100))
+    blocks = list(module.global_state_dict(block_rows=100))
     train(module)
-    load_global_state_dict(module, blocks)
+    module.load_global_state_dict(blocks)
     again = whole(module)
     assert all(torch.equal(again[key], found[key]) for key in found)
 
@@ -104,7 +103,7 @@ def whole(module: ShardedEmbeddingBag) -> Content:
 
 def gathered(module: ShardedEmbeddingBag, **options: Any) -> Content:
     parts: dict[tuple[str, str], list[Tensor]] = {}
-    for block in global_state_dict(module, **options):
+    for block in module.global_state_dict(**options):
         parts.setdefault((block.table, block.slot), []).append(block.values)
     return {key: torch.cat(values) for key, values in parts.items()}
 
