@@ -168,7 +168,8 @@ def _from_jagged(keys: Sequence[str], values: Tensor, lengths: Tensor, weights: 
         raise ValueError(f"weights has shape {tuple(weights.shape)} where values has {tuple(values.shape)}")
     parts = torch.split(values.detach().cpu(), sizes)
     scales = [None] * len(keys) if weights is None else list(torch.split(weights, sizes))
-    counted = [each.int() for each in lengths]
+    ones = lengths.numel() == sum(sizes) and (not sum(sizes) or int(lengths.max()) == 1)
+    counted = [None if ones else each for each in lengths.int()]
     return {k: Bags(v.contiguous(), n, w) for k, v, n, w in zip(keys, parts, counted, scales, strict=True)}
 
 
@@ -241,7 +242,8 @@ def _host(ids: Tensor) -> Tensor:
     return ids.detach().cpu().contiguous()
 
 
-def _lengths(name: str, offsets: Tensor, num_ids: int, include_last_offset: bool) -> Tensor:
+def _lengths(name: str, offsets: Tensor, num_ids: int, include_last_offset: bool) -> Tensor | None:
+    """Return the number of ids of each bag; None where each has one."""
     what = f"feature {name!r} has offsets"
     if include_last_offset:
         if not len(offsets) or int(offsets[-1]) != num_ids:
@@ -257,6 +259,8 @@ def _lengths(name: str, offsets: Tensor, num_ids: int, include_last_offset: bool
         raise ValueError(f"{what} for no bag, but {num_ids} ids; give the place of each bag's first id")
     if len(starts) and int(starts[0]) != 0:
         raise ValueError(f"{what} that begin with {int(starts[0])}; the first has to be 0")
+    if num_ids == len(starts) and torch.equal(starts, torch.arange(num_ids, dtype=starts.dtype)):
+        return None
     lengths = ends - starts
     if len(lengths) and int(lengths.min()) < 0:
         at = int((lengths < 0).nonzero()[0])

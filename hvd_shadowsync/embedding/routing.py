@@ -131,7 +131,7 @@ class Router:
 
     def _unique(self, key: tuple[int, int], bags: Bags, dim: int, *, must: bool) -> tuple[Tensor, Tensor] | None:
         """Return the different ids and where each is used, if asking for rows moves fewer bytes than pooled vectors."""
-        num_ids, num_bags = len(bags.ids), bags.num_bags
+        num_ids, num_bags = bags.ids.numel(), bags.num_bags
         waiting = self._not_worth.get(key, 0)
         if not must and num_ids > OFTEN * num_bags and waiting:
             self._not_worth[key] = waiting - 1
@@ -301,7 +301,7 @@ def pack(asks: list[Ask]) -> Tensor:
     for ask in asks:
         ids, lengths, weights = ask.sent
         flags = (HAS_LENGTHS if lengths is not None else 0) | (HAS_WEIGHTS if weights is not None else 0)
-        head += [ask.sent.num_bags, len(ids), flags]
+        head += [ask.sent.num_bags, ids.numel(), flags]
         arrays.append(ids.int())
         arrays += [] if lengths is None else [lengths]
         arrays += [] if weights is None else [weights.detach().contiguous().view(torch.int32)]

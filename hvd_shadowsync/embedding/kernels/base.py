@@ -28,7 +28,7 @@ class Bags(NamedTuple):
     @property
     def num_bags(self) -> int:
         """Bags."""
-        return len(self.ids) if self.lengths is None else len(self.lengths)
+        return (self.ids if self.lengths is None else self.lengths).numel()
 
 
 class Pooling(NamedTuple):

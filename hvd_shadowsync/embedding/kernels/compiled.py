@@ -58,13 +58,13 @@ class CompiledKernel(Kernel):
 
     def first_outside(self, ids: Tensor, num_rows: int) -> int:
         """See `Kernel.first_outside`."""
-        return int(self._library.shadow_first_outside(ids.data_ptr(), _wide(ids), len(ids), num_rows))
+        return int(self._library.shadow_first_outside(ids.data_ptr(), _wide(ids), ids.numel(), num_rows))
 
     def unique(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernel.unique`."""
-        both = torch.empty(2, len(ids), dtype=torch.int32)
+        both = torch.empty(2, ids.numel(), dtype=torch.int32)
         inverse = both[1]
-        count = self._library.shadow_unique(ids.data_ptr(), _wide(ids), len(ids), both.data_ptr(), inverse.data_ptr())
+        count = self._library.shadow_unique(ids.data_ptr(), _wide(ids), ids.numel(), both.data_ptr(), inverse.data_ptr())
         return both[0, :count], inverse
 
     def split(self, bags: Bags, division: Division) -> list[Part]:
@@ -143,7 +143,7 @@ def _described(bags: Bags, rows: Tensor, vectors: Tensor, add: int, scale_bits: 
     ids = bags.ids
     return (
         rows.data_ptr(), rows.shape[1], ids.data_ptr(), _wide(ids), _pointer(bags.lengths), _pointer(bags.weights),
-        bags.num_bags, len(ids), vectors.data_ptr(), vectors.stride(0), add, scale_bits,
+        bags.num_bags, ids.numel(), vectors.data_ptr(), vectors.stride(0), add, scale_bits,
     )  # fmt: skip
 
 
