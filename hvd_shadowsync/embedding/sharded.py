@@ -392,8 +392,9 @@ class _Exchanged(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, module: ShardedEmbeddingBag, lookup: Lookup, order: list[int], *weights: Tensor
     ) -> Tensor:
+        vectors, lookup.out = lookup.out, lookup.out.new_empty(0)  # which would be held by what it holds
         ctx.module, ctx.lookup, ctx.order = module, lookup, order
-        return lookup.out
+        return vectors
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

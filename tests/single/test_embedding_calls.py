@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -625,6 +627,20 @@ def test_a_checkpoint_has_the_tables_beside_it(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt.embedding" / "index.json").exists()
     assert all(torch.equal(each[name], saved[name]) for each in loaded for name in saved)
     assert not any("shards" in name for name in torch.load(path, weights_only=True)["model"])
+
+
+def test_vectors_without_a_backward_are_let_go_at_once() -> None:
+    def use(module: ShardedEmbeddingBag) -> bool:
+        vectors = module(IDS)
+        seen = weakref.ref(vectors)
+        del vectors
+        return seen() is None
+
+    gc.disable()
+    try:
+        assert on_two(use) == [True, True]
+    finally:
+        gc.enable()
 
 
 def test_schedulers_change_the_learning_rate_of_rows() -> None:
