@@ -21,7 +21,6 @@ from hvd_shadowsync import agree
 from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
-from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding import kernels, whole
 from hvd_shadowsync.embedding.exchange import Exchange
 from hvd_shadowsync.embedding.inputs import Batch, read_batch
@@ -37,7 +36,7 @@ from hvd_shadowsync.embedding.served import Served
 from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, whole_blocks
 from hvd_shadowsync.embedding.tables import EmbeddingTable, check_tables
 from hvd_shadowsync.embedding.whole import Block
-from hvd_shadowsync.embedding.worker import Worker
+from hvd_shadowsync.embedding.worker import HomePoller, Worker
 from hvd_shadowsync.errors import EmbeddingError, ShadowSyncError
 
 logger = logging.getLogger(__name__)
@@ -291,7 +290,7 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _make_exchange(self, wire_dtype: torch.dtype | None, *, debug: bool) -> Exchange | Served:
         router = Router(self._layout, self._comm.rank, self.shards, self._kernel)
-        sums, poller = self._gradients == "sum", Poller(spin_s=0.002)
+        sums, poller = self._gradients == "sum", HomePoller()
         if self._mode == "served" and self.size > 1:
             scale = 1.0 if sums else 1.0 / self.size
             return Served(

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
+from hvd_shadowsync.comm.base import Request
 from hvd_shadowsync.comm.poll import Poller, sleep_on_time
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HomePoller(Poller):
+    """Spins for longer in the thread that made it, which can do nothing else meanwhile; in others it spares the core.
+
+    Attributes:
+        home: that thread's ident.
+        home_spin_s: how long it polls without a pause, seconds.
+    """
+
+    home: int = field(default_factory=threading.get_ident)
+    home_spin_s: float = 0.002
+
+    def wait(self, requests: Iterable[Request], meanwhile: Callable[[], bool] | None = None) -> None:
+        """See `Poller.wait`."""
+        spin_s = self.home_spin_s if threading.get_ident() == self.home else self.spin_s
+        Poller(spin_s, self.eager, self.shortest_s, self.longest_s, self.growth).wait(requests, meanwhile)
 
 
 class Worker:

@@ -64,7 +64,8 @@ class CompiledKernel(Kernel):
         """See `Kernel.unique`."""
         both = torch.empty(2, ids.numel(), dtype=torch.int32)
         inverse = both[1]
-        count = self._library.shadow_unique(ids.data_ptr(), _wide(ids), ids.numel(), both.data_ptr(), inverse.data_ptr())
+        unique = self._library.shadow_unique
+        count = unique(ids.data_ptr(), _wide(ids), ids.numel(), both.data_ptr(), inverse.data_ptr())
         return both[0, :count], inverse
 
     def split(self, bags: Bags, division: Division) -> list[Part]:
