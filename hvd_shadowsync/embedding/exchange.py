@@ -76,7 +76,12 @@ class Exchange:
         sizes = [len(messages[rank]) if rank in messages else 0 for rank in range(self._comm.size)]
         weighted = "".join("w" if each.weights is not None else "-" for each in batch.features)
         words = self._meet(
-            Call.LOOKUP, sizes, about=int(wants_gradient), samples=batch.num_samples, what=f"lookup {weighted}"
+            Call.LOOKUP,
+            sizes,
+            about=int(wants_gradient),
+            samples=batch.num_samples,
+            always=str(dtype),
+            what=f"lookup {weighted}",
         )
         lookup = self._begin(words, batch, asked, dtype)
         self._finish(lookup, messages, words)
@@ -90,7 +95,13 @@ class Exchange:
         gradient = self._router.of_sums(lookup, gradient)
         exponent = exponent_of(gradient, self._wire_dtype)
         while True:
-            words = self._meet(Call.UPDATE, about=lookup.number, exponent=exponent, what="update", trails=trails)
+            words = self._meet(
+                Call.UPDATE,
+                about=lookup.number,
+                exponent=exponent,
+                trails=trails,
+                always=f"{gradient.dtype} {self._router.shards.rule}",
+            )
             if takes_part(words[self._comm.rank], words):
                 break
             self._serve(Call.LOOKUP, words, gradient.dtype)

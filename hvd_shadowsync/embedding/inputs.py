@@ -13,6 +13,8 @@ from hvd_shadowsync.embedding.kernels.base import Bags, Kernel
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 
 ID_DTYPES = (torch.int64, torch.int32)
+NARROW = 2**31
+"""Rows up to which ids are kept as int32."""
 
 
 class Padded(NamedTuple):
@@ -52,7 +54,8 @@ class Batch(NamedTuple):
     """A batch in the one form.
 
     Attributes:
-        features: in the order of the tables, the bags of each; all have `num_samples`; weights are detached.
+        features: in the order of the tables, the bags of each; all have `num_samples`. Copies: what was passed may be
+            changed at once.
         num_samples: bags of each feature.
         learned: by feature, the weights that want a gradient, with their history.
     """
@@ -96,12 +99,9 @@ def read_batch(
     for index, feature in enumerate(features):
         made = _bags(feature.name, found[feature.name], include_last_offset=include_last_offset)
         _check(feature, made, dtype, kernel)
-        if made.weights is not None:
-            weights = made.weights.cpu().contiguous()
-            if weights.requires_grad and torch.is_grad_enabled():
-                learned[index] = weights
-            made = made._replace(weights=weights.detach())
-        bags.append(made)
+        if made.weights is not None and made.weights.requires_grad and torch.is_grad_enabled():
+            learned[index] = made.weights.cpu()
+        bags.append(_own(feature, made))
     counts = {each.num_bags for each in bags}
     if len(counts) > 1:
         sizes = ", ".join(f"{f.name}: {b.num_bags}" for f, b in zip(features, bags, strict=True))
@@ -114,6 +114,14 @@ def read_batch(
 def empty_batch(features: Sequence[Feature]) -> Batch:
     """Return a batch without samples."""
     return Batch([Bags(torch.empty(0, dtype=torch.int64))] * len(features), 0, {})
+
+
+def _own(feature: Feature, bags: Bags) -> Bags:
+    """Return a copy, which nobody changes between the check of the ids and the update of their rows."""
+    kind = torch.int32 if feature.table.num_embeddings <= NARROW else torch.int64
+    lengths = None if bags.lengths is None else bags.lengths.to(torch.int32, copy=True)
+    weights = None if bags.weights is None else bags.weights.detach().cpu().contiguous().clone()
+    return Bags(bags.ids.to(kind, copy=True), lengths, weights)
 
 
 def _by_feature(inputs: Any, features: Sequence[Feature]) -> Mapping[str, Any]:
@@ -156,6 +164,10 @@ def _from_tensor(inputs: Tensor, names: list[str]) -> dict[str, Any]:
 def _from_jagged(keys: Sequence[str], values: Tensor, lengths: Tensor, weights: Tensor | None) -> dict[str, Any]:
     for name, tensor in (("values", values), ("lengths", lengths)):
         _require_ids(name, tensor)
+    if values.dim() != 1:
+        raise ValueError(f"values has shape {tuple(values.shape)}; give the ids of all features in one dimension")
+    if twice := [key for key in keys if list(keys).count(key) > 1]:
+        raise ValueError(f"keys has {twice[0]!r} {list(keys).count(twice[0])} times; give each feature once")
     if not keys or lengths.dim() != 1 or len(lengths) % len(keys):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)} for {len(keys)} keys; give [features * batch]")
     lengths = lengths.detach().cpu().view(len(keys), -1)

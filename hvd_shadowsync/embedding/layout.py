@@ -9,8 +9,6 @@ from hvd_shadowsync.embedding.inputs import features_of
 from hvd_shadowsync.embedding.kernels.base import Division
 from hvd_shadowsync.embedding.placement import Plan, RowHash, Shard
 
-ROW_LIMIT = 2**31 - 1
-
 
 class Piece(NamedTuple):
     """What one feature needs of one shard.
@@ -59,9 +57,6 @@ class Layout:
     def _pieces(self, owned: Sequence[Shard], by_table: dict[int, list[Shard]]) -> list[Piece]:
         found = []
         for number, shard in enumerate(owned):
-            if shard.rows.num_rows > ROW_LIMIT:
-                name = self.plan.tables[shard.table].name
-                raise ValueError(f"a shard of table {name!r} has more than {ROW_LIMIT} rows; divide it over more ranks")
             same_columns = [each for each in by_table[shard.table] if each.columns == shard.columns]
             part = same_columns.index(shard)
             for index, feature in enumerate(self.features):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -54,7 +54,7 @@ class Word(NamedTuple):
         trails: UPDATE: whether the rank has no more lookups, so that lookups of others may come first.
         size: of the message that follows for this destination, in elements.
         exponent: UPDATE: the gradients were multiplied by 2 to this.
-        fingerprint: debug mode: of the call.
+        fingerprint: of the dtype and the optimizer's settings; in debug mode, of the call.
     """
 
     call: int
@@ -89,8 +89,10 @@ class Meetings:
         about: int = 0,
         samples: int = 0,
         exponent: int = 0,
+        always: str = "",
         what: str = "",
         trails: bool = False,
+        meanwhile: Callable[[], bool] | None = None,
     ) -> list[Word]:
         """Say this to all, a size to each, and return what each says to this rank, by rank (collective).
 
@@ -98,12 +100,12 @@ class Meetings:
             EmbeddingError: ranks are in different calls, or one of them fails; raised on every rank.
         """
         self.held += 1
-        fingerprint = zlib.crc32(what.encode()) if self.debug else 0
+        fingerprint = zlib.crc32(f"{always} {what if self.debug else ''}".encode())
         word = [int(call), self.held, about, samples, 0, exponent, fingerprint, int(trails)]
         self._out[:] = torch.tensor(word)
         if sizes:
             self._out[:, 4] = torch.tensor(sizes)
-        self._poller.wait([self._comm.ialltoall(self._out, self._in)])
+        self._poller.wait([self._comm.ialltoall(self._out, self._in)], meanwhile)
         words = [Word(*each) for each in self._in.tolist()]
         if any(each.call == Call.FAIL for each in words):
             return words
@@ -147,7 +149,7 @@ class Meetings:
             if word.fingerprint != first.fingerprint:
                 raise EmbeddingError(
                     f"rank {first_rank} and rank {rank} make different calls: meeting {word.number}, "
-                    f"{NAMES[Call(word.call)]}, with other features, weights or options; pass the same on every rank"
+                    f"{NAMES[Call(word.call)]}, with another dtype, learning rate, features or weights; make them alike"
                 )
         if self.debug and len({word.number for word in words}) > 1:
             raise EmbeddingError(f"the ranks are in different meetings: {[word.number for word in words]}")

@@ -18,6 +18,8 @@ ROW_HASHED = "row-wise hashed"
 COLUMN_WISE = "column-wise"
 REPLICATED = "replicated"
 STRATEGIES = (TABLE_WISE, ROW_WISE, ROW_HASHED, COLUMN_WISE, REPLICATED)
+ROW_LIMIT = 2**31 - 1
+"""Rows of a part: they are numbered by int32."""
 GOLDEN = 0.6180339887498949
 
 
@@ -236,6 +238,11 @@ def check_placement(table: EmbeddingTable, placement: Placement, world_size: int
         if placement.ranks:
             raise ValueError(f"{what}; a replicated table is on every rank: leave ranks out")
         return
+    rows = table.num_embeddings
+    if placement.strategy in (ROW_WISE, ROW_HASHED):
+        rows = -(-rows // max(len(placement.ranks), 1))
+    if rows > ROW_LIMIT:
+        raise ValueError(f"{what}: a part would have {rows} rows, more than {ROW_LIMIT}; divide it row-wise over more")
     most = {TABLE_WISE: 1, ROW_WISE: table.num_embeddings, ROW_HASHED: table.num_embeddings}
     limit = most.get(placement.strategy, table.embedding_dim)
     if not 1 <= len(placement.ranks) <= limit:

@@ -35,7 +35,8 @@ class Prefetcher(Iterable[T]):
     `depth` updates, on every rank, always; gradients are applied to the rows as they are when they arrive. `depth=0` is
     exact: nothing is looked up ahead.
 
-    Each iteration is a pass over `loader`. When a rank has no more batches it joins (`ShardedEmbeddingBag.join`).
+    Each iteration is a pass over `loader`. When a rank has no more batches it joins (`ShardedEmbeddingBag.join`). After
+    an error in a lookup ahead, on any rank, the module is of no more use: every call raises the same.
 
     Args:
         embedding: the module.
@@ -55,6 +56,11 @@ class Prefetcher(Iterable[T]):
         check_count("depth", depth, least=0)
         if depth > MOST:
             raise ValueError(f"depth={depth} makes vectors stale by as many updates; give at most {MOST}")
+        if isinstance(loader, Prefetcher):
+            raise ValueError(
+                "loader is looked up ahead already; with several modules prefetch with one, and let the others look up "
+                "inside its loop"
+            )
         self.embedding, self.loader, self.depth = embedding, loader, depth
         self.inputs = inputs if inputs is not None else _itself
 

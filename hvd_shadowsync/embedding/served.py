@@ -18,7 +18,7 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
 from hvd_shadowsync.embedding.inputs import Batch
 from hvd_shadowsync.embedding.kernels.base import Bags
-from hvd_shadowsync.embedding.meeting import Meetings
+from hvd_shadowsync.embedding.meeting import Call, Meetings, Word
 from hvd_shadowsync.embedding.routing import Lookup, Router, Run, Traffic, exponent_of, pack, unpack
 from hvd_shadowsync.errors import EmbeddingError
 
@@ -26,6 +26,7 @@ LOOKUP, UPDATE = 0, 1
 TICKETS = 1 << 13
 KEPT = 64
 """Lookups of a rank that an owner remembers, from the last on; older ones can have no update any more."""
+APPLIED, FORGOTTEN = 0, 1
 HEAD = struct.Struct("dd")
 """What an update begins with: the scale of its gradients, and nothing, so that they begin at a multiple of 16."""
 
@@ -90,18 +91,24 @@ class Served:
         exponent = exponent_of(gradient, self._wire_dtype)
         tag = lookup.number % TICKETS * 2 + UPDATE
         head = torch.frombuffer(bytearray(HEAD.pack(math.ldexp(self._scale, -exponent), 0.0)), dtype=torch.uint8)
-        calls = []
+        calls, said = [], {}
         for owner in router.others:
             asks = lookup.asked[owner]
             run = _whole([ask.sent for ask in asks], [ask.piece.dim for ask in asks])
             if len(pack(asks)):
                 vectors = router.gradients_for(asks, run, gradient) * 2.0**exponent
                 wire = vectors.to(self._wire_dtype or vectors.dtype)
-                calls.append((owner, tag, torch.cat([head, wire.view(torch.uint8)]), torch.empty(0)))
+                said[owner] = torch.empty(1, dtype=torch.uint8)
+                calls.append((owner, tag, torch.cat([head, wire.view(torch.uint8)]), said[owner]))
                 self.traffic.gradient_bytes += wire.nbytes
         router.update(router.own_gradients(lookup, gradient, self._scale))
         for _ in self._service.call(calls):
             pass
+        if any(int(each) == FORGOTTEN for each in said.values()):
+            raise EmbeddingError(
+                f"backward ran through a lookup that is more than {KEPT} lookups old, which its owners have forgotten; "
+                "run it sooner, or look up under torch.no_grad() where no backward follows"
+            )
         self.traffic.updates += 1
 
     def leave_unused(self, lookup: Lookup) -> None:
@@ -110,9 +117,9 @@ class Served:
     def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
         """Serve until all ranks are closing (collective); nothing else: ranks that join serve anyway."""
         if closing:
-            everyone = torch.empty(self._comm.size, dtype=torch.int64)
-            here = self._comm.iallgather(torch.ones(1, dtype=torch.int64), everyone)
-            self._poller.wait([here], meanwhile=self._service.serve)
+            words: list[Word] = []
+            while not words or any(word.call != Call.CLOSE for word in words):
+                words = self.meetings.meet(Call.CLOSE, meanwhile=self._service.serve)
             while not self._service.idle:
                 self._service.serve()
 
@@ -124,10 +131,6 @@ class Served:
     def serve_some(self) -> bool:
         """Answer what has come in; tell whether anything was done. The thread calls it when it has nothing to do."""
         return self._service.serve()
-
-    def convert(self, dtype: torch.dtype) -> None:
-        """Go on with rows of another dtype, on all ranks."""
-        self._dtype = dtype
 
     def _answer(self, source: int, tag: int, payload: Tensor) -> Tensor:
         return self._update_for(source, tag >> 1, payload) if tag & 1 else self._look_up_for(source, tag >> 1, payload)
@@ -148,15 +151,12 @@ class Served:
     def _update_for(self, source: int, ticket: int, payload: Tensor) -> Tensor:
         bags = self._received[source].pop(ticket, None)
         if bags is None:
-            raise EmbeddingError(
-                f"rank {source} runs backward of a lookup that is more than {KEPT} lookups old; run it sooner, or look "
-                "up under torch.no_grad() where no backward follows"
-            )
+            return torch.tensor([FORGOTTEN], dtype=torch.uint8)
         scale, _ = HEAD.unpack(payload[: HEAD.size].numpy().tobytes())
         vectors = payload[HEAD.size :].view(self._wire_dtype or self._dtype).to(self._dtype)
         run = _whole(bags, [piece.dim for piece in self._router.pieces])
         self._router.update(self._router.gradients_of(bags, run, vectors, scale))
-        return torch.empty(0)
+        return torch.tensor([APPLIED], dtype=torch.uint8)
 
 
 def _whole(bags: list[Bags], dims: list[int]) -> Run:

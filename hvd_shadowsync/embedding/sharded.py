@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class ShardedEmbeddingBag(nn.Module):
         ReplicaMismatchError: the ranks gave different arguments; raised on every rank.
         TransportError: no usable MPI.
 
+    Rows are updated where backward runs through the output; `torch.autograd.grad` towards other tensors does not.
+
     Source: the embedding parameter servers of Zheng et al. 2020, arXiv 2003.03477, placed on the trainers themselves.
     """
 
@@ -141,6 +143,7 @@ class ShardedEmbeddingBag(nn.Module):
         self.shards = Shards(self.plan, self._comm.rank, optimizer, dtype, seed)
         self.replicated = nn.Module()
         for index in self.plan.replicated:
+            _require_usable_name(self.tables[index].name)
             self.replicated.register_parameter(
                 self.tables[index].name, _whole_table(self.tables[index], dtype, seed + index)
             )
@@ -251,6 +254,12 @@ class ShardedEmbeddingBag(nn.Module):
             "bytes_per_step": total / max(traffic.lookups, 1),
         }
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a ShardedEmbeddingBag is one rank's part of a job and cannot be copied or pickled; save state_dict(), or "
+            "all tables with hvd_shadowsync.embedding.files.save(folder, module)"
+        )
+
     def extra_repr(self) -> str:
         """Return the number of tables, rows and ranks for the printed module."""
         rows = sum(table.num_embeddings for table in self.tables)
@@ -304,20 +313,25 @@ class ShardedEmbeddingBag(nn.Module):
             batch = read_batch(
                 inputs, self._layout.features, self._dtype, self._kernel, include_last_offset=self._include_last_offset
             )
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks have to know
+            message = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
             if isinstance(self._exchange, Served):
-                raise EmbeddingError(str(error)) from error
-            return functools.partial(self._exchange.meetings.fail, str(error))
+                raise EmbeddingError(message) from error
+            return functools.partial(self._exchange.meetings.fail, message)
         return lambda: self._exchange.lookup(batch, wants_gradient=trains, dtype=self._dtype)
 
     def _backward(self, lookup: Lookup, gradient: Tensor) -> dict[int, Tensor]:
         self._require_open("backward()")
         gradient = gradient.detach().to("cpu", self._dtype)
-        rule, trails = self.fused_optimizer.rule, self._trails
+        try:
+            rule = self.fused_optimizer.rule
+        except (TypeError, ValueError) as error:
+            return self._do(functools.partial(self._exchange.meetings.fail, f"fused_optimizer: {error}"))
         self.fused_optimizer.step()
         found = Router.weight_gradients(lookup, gradient)
-        if self._ahead or trails or isinstance(self._exchange, Served):
-            self._worker.submit(lambda: self._update(lookup, gradient, rule, trails=trails))
+        if self._ahead or self._trails or isinstance(self._exchange, Served):
+            copy = gradient.clone()  # the caller may change his
+            self._worker.submit(functools.partial(self._update, lookup, copy, rule, trails=self._trails))
         else:
             self._do(lambda: self._update(lookup, gradient, rule, trails=False))
         return found
@@ -375,12 +389,18 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedEmbeddingBag:
         probe = fn(torch.empty(0, dtype=self._out_dtype, device=self._out_device))
+        if probe.is_meta or not probe.is_floating_point():
+            raise ValueError(
+                f"a ShardedEmbeddingBag cannot be of {probe.dtype} on {probe.device}; its rows have values"
+            )
+        if isinstance(self._exchange, Served) and probe.dtype in ROW_DTYPES and probe.dtype != self._dtype:
+            raise ValueError(
+                f"mode='served' cannot change dtype from {self._dtype} to {probe.dtype}, while other ranks look up; "
+                f"give ShardedEmbeddingBag(dtype={probe.dtype})"
+            )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._out_dtype, self._out_device = probe.dtype, probe.device
-        if probe.dtype in ROW_DTYPES:
-            self._dtype = probe.dtype
-            if isinstance(self._exchange, Served):
-                self._exchange.convert(probe.dtype)
+        self._dtype = probe.dtype if probe.dtype in ROW_DTYPES else self._dtype
         return self
 
 
@@ -402,6 +422,11 @@ class _Exchanged(torch.autograd.Function):
         lookup, ctx.lookup = ctx.lookup, None
         found = ctx.module._backward(lookup, gradient)
         return (None, None, None, None, *(found[index] for index in ctx.order))
+
+
+def _require_usable_name(name: str) -> None:
+    if hasattr(nn.Module(), name):
+        raise ValueError(f"table {name!r} is replicated, but no parameter can be called so; rename the table")
 
 
 def _wait_before_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -41,7 +41,7 @@ class Shards(nn.Module):
     def __init__(self, plan: Plan, rank: int, rule: SparseOptimizer, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
         self.owned = plan.of_rank(rank)
-        self.rule = rule
+        self.rule, self.dtype = rule, dtype
         self._keys: list[str] = []
         for shard in self.owned:
             table = plan.tables[shard.table]
@@ -58,6 +58,7 @@ class Shards(nn.Module):
         for index, shard in enumerate(self.owned):
             initialise(self[index].weight, shard, plan.tables[shard.table], seed + shard.table)
         self._mark()
+        self.register_load_state_dict_post_hook(_make_usable)  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.owned)
@@ -79,6 +80,7 @@ class Shards(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shards:
         wanted = fn(torch.empty(0, dtype=self[0].weight.dtype if len(self) else torch.float32)).dtype
         if wanted in ROW_DTYPES:
+            self.dtype = wanted
             for index in range(len(self)):
                 holder: Any = self._modules[self._keys[index]]
                 for name in ("weight", *self.rule.slots):
@@ -86,9 +88,22 @@ class Shards(nn.Module):
             self._mark()
         return self
 
+    def make_usable(self) -> None:
+        """Bring buffers that were assigned into the dtype and layout that kernels read."""
+        for index in range(len(self)):
+            holder: Any = self._modules[self._keys[index]]
+            for name in ("weight", *self.rule.slots):
+                holder._buffers[name] = holder._buffers[name].detach().to("cpu", self.dtype).contiguous()
+        self._mark()
+
     def _mark(self) -> None:
         for buffer in self.buffers():
             mark_owned(buffer)
+
+
+def _make_usable(module: nn.Module, incompatible: Any) -> None:
+    assert isinstance(module, Shards)
+    module.make_usable()
 
 
 def initialise(weight: Tensor, shard: Shard, table: EmbeddingTable, seed: int) -> None:
@@ -101,8 +116,14 @@ def initialise(weight: Tensor, shard: Shard, table: EmbeddingTable, seed: int) -
 def whole_blocks(table: EmbeddingTable, seed: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """Yield the initial values of a table in blocks of whole rows: (first row, [rows, dim])."""
     for first in range(0, table.num_embeddings, BLOCK_ROWS):
-        block = torch.empty(min(BLOCK_ROWS, table.num_embeddings - first), table.embedding_dim, dtype=dtype)
+        shape = min(BLOCK_ROWS, table.num_embeddings - first), table.embedding_dim
+        block = torch.full(shape, torch.nan, dtype=dtype)
         generator = torch.Generator().manual_seed(hash((seed, first)) & (2**63 - 1))
         with torch.no_grad():
             table.init(block, generator=generator)
+        if block.isnan().any():
+            raise ValueError(
+                f"init of table {table.name!r} leaves rows without a value; it has to fill the tensor that it is "
+                "given, in place, as torch.nn.init.normal_ does"
+            )
         yield first, block

@@ -32,6 +32,7 @@ from hvd_shadowsync.embedding import (
     ShardedEmbeddingBag,
 )
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
+from hvd_shadowsync.owned import is_owned
 
 PROBLEM = Problem(sizes=(4,))
 ONE = (EmbeddingTable("a", 10, 4), EmbeddingTable("b", 6, 2))
@@ -180,6 +181,13 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"a": Padded(torch.zeros(2, 3).long(), torch.tensor([1, 4])), "b": torch.tensor([1, 1])},
         r"lengths outside \[0, 3\]",
     ),
+    "keys twice": (
+        Jagged(["a", "b", "a"], torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])), r"keys has 'a' 2 times; give each"
+    ),
+    "values of two dimensions": (
+        Jagged(["a", "b"], torch.ones(2, 2).long(), torch.tensor([1, 1])), r"values has shape \(2, 2\); give the ids"
+    ),
+    "sparse": (torch.ones(2, 2, dtype=torch.int64).to_sparse(), r".*"),
     "another thing": ("ids", r"inputs is a str; give"),
 }  # fmt: skip
 
@@ -319,6 +327,89 @@ def test_wrong_arguments(case: str) -> None:
     def program(comm: Communicator) -> None:
         with pytest.raises(kind, match=message.replace("(", r"\(")):
             ShardedEmbeddingBag(**{"communicator": comm, **arguments})
+
+    on_ranks(1, program)
+
+
+def test_ids_may_be_changed_after_forward() -> None:
+    def use(module: ShardedEmbeddingBag) -> float:
+        ids, weights = torch.tensor([1, 2]), torch.ones(2)
+        inputs = {"a": (ids, torch.tensor([0, 1]), weights), "b": ids.clone()}
+        vectors = module(inputs)
+        ids.fill_(10**9)
+        weights.fill_(torch.nan)
+        inputs["b"].fill_(-5)
+        vectors.sum().backward()
+        rows = [module.shards[i].weight for i in range(len(module.shards))]
+        return float(sum(each.abs().sum() for each in rows))
+
+    changed = on_two(use, TABLES_OF_SUMS)
+    assert changed == [4.0, 4.0]  # two rows of 4 values moved by 0.5 on the owner of each table
+
+
+def test_another_learning_rate_on_one_rank() -> None:
+    def use(module: ShardedEmbeddingBag) -> None:
+        vectors = module(IDS)
+        module.fused_optimizer.param_groups[0]["lr"] = 0.1 + module.rank
+        vectors.sum().backward()
+
+    assert all("another dtype, learning rate" in str(each) for each in on_two(use))
+
+    def negative(module: ShardedEmbeddingBag) -> None:
+        vectors = module(IDS)
+        module.fused_optimizer.param_groups[0]["lr"] = 0.1 - module.rank
+        vectors.sum().backward()
+
+    assert all("rank 1: fused_optimizer: lr=-0.9 is outside" in str(each) for each in on_two(negative))
+
+
+def test_copies_and_pickles_are_refused() -> None:
+    def use(module: ShardedEmbeddingBag) -> str:
+        with pytest.raises(TypeError, match="cannot be copied or pickled; save"):
+            copy.deepcopy(module)
+        with pytest.raises(ValueError, match=r"cannot be of torch\.float32 on meta"):
+            module.to("meta")
+        return "refused"
+
+    assert on_two(use) == ["refused"] * 2
+
+
+def test_state_that_is_assigned_is_brought_into_form() -> None:
+    def use(module: ShardedEmbeddingBag) -> bool:
+        state = {
+            name: value.half() if value.dtype.is_floating_point else value
+            for name, value in module.state_dict().items()
+        }
+        module.load_state_dict(state, assign=True)
+        module(IDS).sum().backward()
+        buffers = [buffer for name, buffer in module.named_buffers() if name.endswith("weight")]
+        return all(buffer.dtype is torch.float32 and is_owned(buffer) for buffer in buffers)
+
+    assert on_two(use) == [True, True]
+
+
+def test_an_initializer_that_does_not_work_in_place() -> None:
+    tables = (EmbeddingTable("a", 3, 2, init=lambda rows, generator: torch.ones_like(rows)),)
+
+    def program(comm: Communicator) -> None:
+        with pytest.raises(ValueError, match="init of table 'a' leaves rows without a value; it has to fill"):
+            ShardedEmbeddingBag(tables, optimizer=SGD(0.1), communicator=comm)
+
+    on_ranks(1, program)
+
+
+def test_prefetchers_are_not_nested() -> None:
+    found = on_two(lambda module: module.prefetch(module.prefetch([IDS])))
+    assert all("with several modules prefetch with one" in str(each) for each in found)
+
+
+def test_a_replicated_table_with_the_name_of_an_attribute() -> None:
+    def program(comm: Communicator) -> None:
+        with pytest.raises(
+            ValueError, match="table 'forward' is replicated, but no parameter can be called so; rename"
+        ):
+            tables = (EmbeddingTable("forward", 3, 2),)
+            ShardedEmbeddingBag(tables, {"forward": "replicated"}, SGD(0.1), communicator=comm)
 
     on_ranks(1, program)
 

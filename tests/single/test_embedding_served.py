@@ -128,3 +128,47 @@ def test_a_wrong_input_is_an_error_of_its_rank() -> None:
         return message
 
     assert "feature 'ad' has the id" in on_ranks(2, program)[1]
+
+
+def test_backward_of_a_lookup_that_is_too_old_is_an_error_of_its_rank() -> None:
+    def program(comm: Communicator) -> str:
+        module = make(comm, PROBLEM, placements(PROBLEM, "table-wise", 2), SGD(0.5), mode="served")
+        message = ""
+        if comm.rank == 0:
+            lookups = [module(inputs(0, step)) for step in range(66)]
+            with pytest.raises(EmbeddingError) as caught:
+                lookups[0].sum().backward()
+                module.wait()
+            message = str(caught.value)
+        else:
+            PROBLEM.loss(module(inputs(1, 0)), 1, 0).backward()
+        comm.allgather_object(None)
+        module._worker._failure = None  # close() would say it again
+        module.close()
+        return message
+
+    assert "more than 64 lookups old" in on_ranks(2, program)[0]
+
+
+def test_the_dtype_stays() -> None:
+    def program(comm: Communicator) -> None:
+        module = make(comm, PROBLEM, placements(PROBLEM, "table-wise", 2), SGD(0.5), mode="served")
+        with pytest.raises(ValueError, match=r"cannot change dtype from torch\.float64 to torch\.float32"):
+            module.float()
+        module.close()
+
+    on_ranks(2, program)
+
+
+def test_saving_while_another_rank_closes_is_an_error() -> None:
+    def program(comm: Communicator) -> str:
+        module = make(comm, PROBLEM, placements(PROBLEM, "table-wise", 2), SGD(0.5), mode="served")
+        message = ""
+        if comm.rank == 0:
+            with pytest.raises(EmbeddingError) as caught:
+                list(module.global_state_dict())
+            message = str(caught.value)
+        module.close()
+        return message
+
+    assert "rank 1 is in close()" in on_ranks(2, program)[0]

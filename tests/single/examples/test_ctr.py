@@ -30,9 +30,41 @@ def test_plain_process_learns_and_writes_its_record(tmp_path: Path) -> None:
     assert record["sync"]["rounds"] == 0 and record["examples_per_second"] > 0
 
 
+def test_plain_process_with_sharded_tables_and_synthetic_rows(tmp_path: Path) -> None:
+    """One rank has all tables, in another form: the same values to start with, and the same steps."""
+    options = ["--sync", "none", "--synthetic-criteo", "rows=2000,examples=20480", "--log-every", 40]
+    records = []
+    for form in ("replicated", "sharded"):
+        done = ctr(*options, "--embedding", form, "--report", tmp_path / form)
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads((tmp_path / form).read_text()))
+    replicated, sharded = records
+    assert [record["name"] for record in records] == ["none", "none sharded"]
+    assert [(record["steps"], record["embedding"]["rows"]) for record in records] == [(80, 2000)] * 2
+    assert sharded["settings"]["data"] == ["synthetic-criteo"]
+    assert sharded["settings"]["synthetic_criteo"] == {"rows": 2000, "examples": 20480}
+    assert sharded["embedding"]["bytes_per_step"] == sharded["sync"]["bytes_sent"] == 0
+    losses = [[entry["loss"] for entry in record["history"]] for record in records]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert replicated["test"]["auc"] == pytest.approx(sharded["test"]["auc"], abs=1e-3)
+    assert sharded["test"]["auc"] > 0.6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prefetch", "0"], "--prefetch belongs to --embedding sharded"),
+        (["--placement", "row-wise"], "--placement belongs to --embedding sharded"),
+        (["--embedding", "sharded", "--prefetch", "3"], "invalid choice: 3"),
+        (["--embedding", "sharded", "--placement", "sideways"], "invalid choice: 'sideways'"),
+        (["--synthetic-criteo", "10"], "'10': expected rows=N or rows=N,examples=M"),
+        (["--synthetic-criteo", "rows=many"], "'rows=many': expected rows=N or rows=N,examples=M"),
+        (["--synthetic-criteo", "examples=10"], "'examples=10': expected rows=N"),
+        (["--synthetic-criteo", "rows=100,columns=3"], "'rows=100,columns=3': expected rows=N"),
+        (["--synthetic-criteo", "rows=10"], "ctr.py: total_rows=10"),
+        (["--synthetic-criteo", "rows=100,examples=0"], "ctr.py: num_train_rows=0"),
+        (["--synthetic-criteo", "rows=100", "--data", "flights"], "not allowed with argument"),
+        (["--synthetic-criteo", "rows=100", "--validate"], "--validate belongs to --data flights"),
         (["--data", "criteo"], "expected the path"),
         (["--data", "criteo", "no/such/file"], "no/such/file does not exist. Name a Criteo file"),
         (["--data", "houses"], "expected flights, or criteo PATH"),

@@ -1,10 +1,17 @@
-"""The model: values of the interaction, the unknown row, and that it learns."""
+"""The model: values of the interaction, the unknown row, that it learns, and that its two kinds of tables are alike."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from dlrm import DLRM
+from dlrm import DLRM, sharded_tables
+from ranks_as_threads import on_ranks
 from torch.nn.functional import binary_cross_entropy_with_logits
+
+from hvd_shadowsync.comm.base import Communicator
+
+SIZES = [5, 7, 40]
+PLACEMENTS = ["auto", "table-wise", "row-wise", "row-wise hashed", "column-wise"]
 
 
 def test_interaction_is_the_dot_of_every_pair_once() -> None:
@@ -43,3 +50,55 @@ def test_every_parameter_is_trained_and_the_loss_falls() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
     assert all(not torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def problem(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dense features, ids and labels."""
+    torch.manual_seed(1)
+    ids = torch.stack([torch.randint(0, size, (rows,)) for size in SIZES], dim=1)
+    return torch.randn(rows, 3), ids, torch.randint(0, 2, (rows,)).float()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_sharded_tables_begin_as_the_matrix_does(placement: str) -> None:
+    dense, ids, _ = problem(64)
+    torch.manual_seed(0)
+    expected = DLRM(3, SIZES, embedding_dim=4)(dense, ids)
+
+    def program(comm: Communicator) -> torch.Tensor:
+        torch.manual_seed(0)
+        embedding = sharded_tables(SIZES, 4, lr=0.1, placement=placement, communicator=comm)
+        return DLRM(3, SIZES, embedding_dim=4, embedding=embedding)(dense, ids)
+
+    (logits,) = on_ranks(1, program)
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_sharded_tables_learn_as_the_matrix_does_with_the_whole_batch(placement: str) -> None:
+    dense, ids, labels = problem(64)
+    model = DLRM(3, SIZES, embedding_dim=4)
+    weight = model.embedding.weight
+    start = {f"table{i}": part.detach().clone() for i, part in enumerate(weight.split(SIZES))}
+    others = {name: value for name, value in model.state_dict().items() if "embedding" not in name}
+
+    def program(comm: Communicator) -> torch.Tensor:
+        embedding = sharded_tables(SIZES, 4, lr=0.1, placement=placement, communicator=comm)
+        embedding.load_global_state_dict(start)
+        model = DLRM(3, SIZES, embedding_dim=4, embedding=embedding)
+        model.load_state_dict(others, strict=False)
+        mine = slice(comm.rank, None, comm.size)
+        for batch in embedding.prefetch([ids[mine]] * 3, depth=0):
+            binary_cross_entropy_with_logits(model(dense[mine], batch), labels[mine]).backward()
+        with torch.no_grad():
+            logits = model(dense, ids)
+        embedding.close()
+        return logits
+
+    optimizer = torch.optim.Adagrad([weight], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        binary_cross_entropy_with_logits(model(dense, ids), labels).backward()
+        optimizer.step()
+    for logits in on_ranks(2, program):
+        torch.testing.assert_close(logits, model(dense, ids).detach(), rtol=1e-4, atol=1e-5)
