@@ -9,8 +9,9 @@
     python examples/report.py runs/*.json --output runs    # table, picture and page
 
 With --embedding sharded every row of the embedding tables exists once, on one rank, and is updated there by all ranks'
-gradients; --sync is about the dense part alone then. Where shadowrun does not start it, set OMP_NUM_THREADS to the cores that each
-rank may use.
+gradients; --sync is about the rest of the model then. The rows of --synthetic-criteo are made up.
+
+Where shadowrun does not start it, set OMP_NUM_THREADS to the cores that each rank may use.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from quality import quality
 from synthetic import Synthetic
 from tqdm import tqdm
 
-
 PLACEMENTS = ["auto", "table-wise", "row-wise", "row-wise hashed", "column-wise"]
 
 
@@ -48,7 +48,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embedding", choices=["replicated", "sharded"], default="replicated", help="tables on every rank, or divided")
     add("--prefetch", type=int, choices=[0, 1, 2], help="of --embedding sharded: batches looked up ahead; default 0")
     add("--placement", choices=PLACEMENTS, help="of --embedding sharded: where each table lies; default auto")
-    add("--embedding-lr", type=float, metavar="LR", help="of --embedding sharded: of the rows; default that of --lr")
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument(
         "--data", nargs="+", default=["flights"], metavar="NAME", help="flights, or criteo PATH [TEST_PATH]"
@@ -79,15 +78,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.data == ["criteo"]:
         parser.error("--data criteo: expected the path of a Criteo file or folder after it")
     if args.embedding == "replicated":
-        for name in ("prefetch", "placement", "embedding_lr"):
+        for name in ("prefetch", "placement"):
             if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} belongs to --embedding sharded")
+                parser.error(f"--{name} belongs to --embedding sharded")
     else:
         args.prefetch, args.placement = args.prefetch or 0, args.placement or "auto"
     for name in (
         "batch_size",
         "lr",
-        "embedding_lr",
         "embedding_dim",
         "log_every",
         "steps",
@@ -142,7 +140,7 @@ if args.sync == "shadow":
 elif args.sync == "horovod":
     import horovod.torch as hvd
 if args.embedding == "sharded":
-    import hvd_shadowsync.embedding
+    import hvd_shadowsync.embedding  # noqa: F401
 # ----------------------------------------------------------------------------------------------------------------------
 from mpi4py import MPI  # noqa: E402  (initialises MPI, which the swap tunes before)
 
@@ -153,12 +151,9 @@ else:
     rank, size = hvd.rank(), hvd.size()
 
 torch.manual_seed(args.seed)
-embedding = None  # the model's own
+embedding = None
 if args.embedding == "sharded":
-    row_lr = args.lr if args.embedding_lr is None else args.embedding_lr
-    embedding = sharded_tables(
-        data.table_sizes, args.embedding_dim, lr=row_lr, placement=args.placement, seed=args.seed
-    )
+    embedding = sharded_tables(data.table_sizes, args.embedding_dim, lr=args.lr, placement=args.placement)
 model = DLRM(data.num_dense, data.table_sizes, embedding_dim=args.embedding_dim, embedding=embedding)
 optimizer = torch.optim.Adagrad(model.parameters(), lr=args.lr)
 
@@ -224,10 +219,11 @@ elif args.sync == "horovod":  # the bytes of a ring, all ranks together: Horovod
     sync = {"rounds": step, "sync_gap_steps": 1.0, "bytes_sent": step * 2 * (size - 1) * dense_bytes}
 else:
     sync = {"rounds": 0, "sync_gap_steps": None, "bytes_sent": 0}
-tables: dict[str, Any] = {"rows": sum(data.table_sizes)}
-if embedding is not None:  # bytes that all ranks sent for the tables, beside those of `sync`
+tables = {"rows": sum(data.table_sizes)}
+if embedding is not None:  # bytes that all ranks sent for the tables, which are no part of the replicas
     counters = MPI.COMM_WORLD.allgather(embedding.metrics())
     tables |= {name: sum(each[name] for each in counters) for name in counters[0] if "bytes" in name}
+    sync["bytes_sent"] += sum(tables[name] for name in ("id_bytes", "vector_bytes", "gradient_bytes"))
 
 if rank == 0:
     model.eval()
@@ -235,13 +231,9 @@ if rank == 0:
         tested = [(batch.labels, model(batch.dense, batch.ids).sigmoid()) for batch in data.test_batches(4096)]
     labels, probabilities = (torch.cat(column).numpy() for column in zip(*tested, strict=True))
     test = quality(labels, probabilities)
-    name = [
-        args.sync,
-        *([args.algorithm] if args.sync == "shadow" else []),
-        *(["sharded"] if embedding is not None else []),
-    ]
+    name = f"shadow {args.algorithm}" if args.sync == "shadow" else args.sync
     record = {
-        "name": " ".join(name),
+        "name": name if embedding is None else f"{name} sharded",
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "world_size": size,
         "threads": torch.get_num_threads(),

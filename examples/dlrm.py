@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from hvd_shadowsync.comm.base import Communicator
     from hvd_shadowsync.embedding import ShardedEmbeddingBag
 
 
@@ -28,57 +29,64 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*(module for layer in layers for module in layer))
 
 
-class EmbeddingMatrix(nn.Embedding):
+def initialise(rows: Tensor) -> Tensor:
+    """Fill a table in place: uniform within n^-0.5 of zero; row 0, which stands for unknown values, is zero."""
+    rows.uniform_(-(len(rows) ** -0.5), len(rows) ** -0.5)
+    rows[0] = 0
+    return rows
+
+
+class EmbeddingMatrix(nn.Module):
     """All tables in one matrix, one after the other: one look-up and one gradient instead of one per table."""
 
     def __init__(self, table_sizes: Sequence[int], embedding_dim: int) -> None:
-        super().__init__(sum(table_sizes), embedding_dim)
-        sizes = torch.tensor(table_sizes)
+        super().__init__()
+        sizes, weight = torch.tensor(table_sizes), torch.empty(sum(table_sizes), embedding_dim)
+        for rows in weight.split(list(table_sizes)):
+            initialise(rows)
         self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)  # [num_tables]
-        with torch.no_grad():
-            for weight in self.weight.split(list(table_sizes)):
-                weight.uniform_(-bound(len(weight)), bound(len(weight)))
-                weight[0] = 0
+        self.weight = nn.Parameter(weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids + self.offsets)
+        return F.embedding(ids + self.offsets, self.weight)  # [B, T, D]
 
 
 def sharded_tables(
-    table_sizes: Sequence[int], embedding_dim: int, *, lr: float, placement: str = "auto", seed: int = 0
+    table_sizes: Sequence[int],
+    embedding_dim: int,
+    *,
+    lr: float,
+    placement: str = "auto",
+    communicator: Communicator | None = None,
 ) -> ShardedEmbeddingBag:
-    """The same tables, divided over all ranks and updated by Adagrad where they lie (collective).
+    """The tables of an `EmbeddingMatrix`, divided over all ranks and trained by Adagrad where they lie (collective).
 
     Args:
         table_sizes: rows of each table.
         embedding_dim: length of a row.
         lr: learning rate of the rows.
         placement: a strategy of `hvd_shadowsync.embedding.Placement` for all tables; "auto": what the planner finds.
-        seed: of the initial rows.
+        communicator: over which ranks; None: all.
     """
-    from hvd_shadowsync.embedding import Adagrad, EmbeddingTable, ShardedEmbeddingBag
+    from hvd_shadowsync.embedding import Adagrad, Block, EmbeddingTable, ShardedEmbeddingBag
 
     tables = [
-        EmbeddingTable(f"table{i}", size, embedding_dim, init=partial(nn.init.uniform_, a=-bound(size), b=bound(size)))
-        for i, size in enumerate(table_sizes)
+        EmbeddingTable(f"table{index}", size, embedding_dim, init=lambda rows, generator: rows.zero_())  # filled below
+        for index, size in enumerate(table_sizes)
     ]
     plan = None if placement == "auto" else {table.name: placement for table in tables}
-    embedding = ShardedEmbeddingBag(tables, plan, Adagrad(lr=lr), seed=seed)
-    for shard, rows in zip(embedding.shards.owned, embedding.shards, strict=True):
-        _, places = shard.rows.within(0, 1)  # where row 0 of the table is, if this rank has it
-        rows.weight[places] = 0
+    embedding = ShardedEmbeddingBag(tables, plan, Adagrad(lr=lr), communicator=communicator)
+    embedding.load_global_state_dict(
+        Block(table.name, "weight", 0, initialise(torch.empty(table.num_embeddings, embedding_dim))) for table in tables
+    )
     return embedding
-
-
-def bound(table_size: int) -> float:
-    """Initial weights lie between this and its negative."""
-    return table_size**-0.5
 
 
 class DLRM(nn.Module):
     """Logits of a binary label from dense features and one id per table.
 
     Row 0 of a table stands for an unknown or missing value and starts at zero: until it is trained it says nothing.
+    The tables lie in one matrix, or in an `embedding` that is given, such as `sharded_tables`.
 
     Args:
         num_dense: dense features of a row.
@@ -86,7 +94,7 @@ class DLRM(nn.Module):
         embedding_dim: length of every vector that takes part in the interaction.
         bottom: hidden widths of the MLP on the dense features; its output has ``embedding_dim``.
         top: hidden widths of the MLP on the dots; its output is the logit.
-        embedding: looks ids [B, T] up: [B, T, D] or [B, T*D]; None: an `EmbeddingMatrix` of the model's own.
+        embedding: the tables, which look ids [B, T] up as [B, T, D] or [B, T*D]; None: a new `EmbeddingMatrix`.
     """
 
     def __init__(
@@ -100,12 +108,12 @@ class DLRM(nn.Module):
         embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.embedding = EmbeddingMatrix(table_sizes, embedding_dim) if embedding is None else embedding
         num_vectors = 1 + len(table_sizes)
         pairs = torch.tril_indices(num_vectors, num_vectors, offset=-1)  # [2, num_pairs]
         self.register_buffer("pairs", pairs[0] * num_vectors + pairs[1], persistent=False)  # [num_pairs]
         self.bottom = mlp([num_dense, *bottom, embedding_dim])
         self.top = nn.Sequential(mlp([embedding_dim + pairs.shape[1], *top]), nn.Linear(top[-1], 1))
-        self.embedding = EmbeddingMatrix(table_sizes, embedding_dim) if embedding is None else embedding
 
     def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
         bottom = self.bottom(dense)  # [B, D]

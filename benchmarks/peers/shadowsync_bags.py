@@ -80,7 +80,7 @@ def alone(data: Synthetic, tables: list[EmbeddingTable], arguments: argparse.Nam
     ring = []
     for step in range(arguments.ring):
         bags = torch.cat([data.bags(arguments.batch_size, step, rank=other, size=size) for other in range(size)])
-        ring.append([Bags(bags[:, shard.table].flatten(), lengths) for shard in shards.owned])
+        ring.append([Bags(bags[:, shard.table].reshape(-1).contiguous(), lengths) for shard in shards.owned])
     out = torch.empty(samples, len(shards) * DIM)
     gradient = torch.full_like(out, GRADIENT)
     columns = [slice(DIM * index, DIM * (index + 1)) for index in range(len(shards))]

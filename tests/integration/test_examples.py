@@ -48,11 +48,12 @@ def ctr(folder: Path, *arguments: object) -> Outcome:
 
 
 @pytest.mark.timeout(300)
-def test_the_demo_in_its_smallest_setting(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--embedding", "sharded"]], ids=["replicated", "sharded"])
+def test_the_demo_in_its_smallest_setting(options: list[str], tmp_path: Path) -> None:
     """In a copy of the tree, whose own results stay as they are."""
     for part in ("launch", "examples"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [str(tmp_path / "launch" / "demo"), "--smoke", "--no-setup"]
+    command = [str(tmp_path / "launch" / "demo"), "--smoke", "--no-setup", *options]
     outcome = launch(command, tmp_path / "elsewhere", timeout_s=240.0).require_success()
     folder = tmp_path / "runs" / "demo"
     records = {name: json.loads((folder / f"{name}-1.json").read_text()) for name in ("horovod", "shadow")}
@@ -60,6 +61,8 @@ def test_the_demo_in_its_smallest_setting(tmp_path: Path) -> None:
         assert (record["world_size"], record["steps"], record["examples"]) == (2, 200, 200 * 2 * 256)
         assert record["test"]["rows"] == 53_991
         assert record["test"]["auc"] > 0.55
+        assert record["embedding"]["rows"] == 9044
+        assert ("bytes_per_step" in record["embedding"]) == bool(options)
         assert [entry["examples"] for entry in record["history"]] == [5120 * index for index in range(1, 21)]
     assert records["horovod"]["sync"]["rounds"] == 200
     assert 1 <= records["shadow"]["sync"]["rounds"] < 200
@@ -89,6 +92,46 @@ def test_training_with_the_other_algorithms(algorithm: str, tmp_path: Path) -> N
     assert record["test"]["auc"] > 0.9
 
 
+def test_sharded_tables_learn_as_replicated_ones_do(tmp_path: Path) -> None:
+    """Where the rest of the model is averaged at each step, both are one process with the whole batch."""
+    losses = []
+    for form in ("replicated", "sharded"):
+        report = tmp_path / f"{form}.json"
+        ctr(tmp_path, "--sync", "horovod", "--embedding", form, "--steps", 50, "--report", report).require_success()
+        record = json.loads(report.read_text())
+        losses.append([entry["loss"] for entry in record["history"]] + [record["test"]["log_loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_sharded_tables_beside_shadow_synchronisation(prefetch: int, tmp_path: Path) -> None:
+    report = tmp_path / "record.json"
+    options = ["--embedding", "sharded", "--prefetch", prefetch, "--steps", 50, "--report", report]
+    ctr(tmp_path, *options).require_success()
+    record = json.loads(report.read_text())
+    assert (record["name"], record["world_size"], record["steps"]) == ("shadow ma sharded", 2, 50)
+    assert record["test"]["rows"] == 53_991
+    assert 0.5 < record["test"]["auc"] < 1
+    tables = record["embedding"]
+    assert tables["rows"] == 9044
+    assert tables["vector_bytes"] > tables["id_bytes"] > 0
+    assert tables["gradient_bytes"] > 0
+    vectors = 2 * BATCH * 8 * 16 * 4  # of a step: 2 ranks, 8 tables, 16 floats
+    assert 0 < tables["bytes_per_step"] < 2 * vectors  # there and back, of which a part stays where it is
+
+
+@pytest.mark.parametrize("options", [["--sync", "shadow"], ["--sync", "none", "--placement", "row-wise"]])
+def test_synthetic_rows(options: list[str], tmp_path: Path) -> None:
+    report = tmp_path / "record.json"
+    options = [*options, "--embedding", "sharded", "--synthetic-criteo", "rows=20000,examples=1600"]
+    ctr(tmp_path, *options, "--report", report).require_success()
+    record = json.loads(report.read_text())
+    assert (record["world_size"], record["steps"], record["embedding"]["rows"]) == (2, 50, 20_000)
+    assert record["test"]["rows"] == 100_000
+    assert 0.5 < record["test"]["auc"] < 1
+    assert record["sync"]["bytes_sent"] >= record["embedding"]["vector_bytes"] > 0
+
+
 def test_a_data_file_that_is_not_there(tmp_path: Path) -> None:
     outcome = ctr(tmp_path, "--data", "criteo", tmp_path / "no-such-file.txt")
     assert not outcome.verdict, outcome.verdict
@@ -98,10 +141,11 @@ def test_a_data_file_that_is_not_there(tmp_path: Path) -> None:
     assert "Traceback" not in outcome.errors
 
 
-def test_a_criteo_row_that_breaks_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["replicated", "sharded"])
+def test_a_criteo_row_that_breaks_off(form: str, tmp_path: Path) -> None:
     """In the file of the test, which rank 0 alone reads, after the training."""
     train, test = write_criteo(tmp_path / "train.txt"), write_criteo(tmp_path / "test.txt", 100, truncated=41)
-    outcome = ctr(tmp_path, "--data", "criteo", train, test)
+    outcome = ctr(tmp_path, "--data", "criteo", train, test, "--embedding", form)
     assert not outcome.verdict, outcome.verdict
     assert outcome.code not in (None, 0)
     assert outcome.left_over == []
