@@ -25,7 +25,7 @@ from hvd_shadowsync.embedding import (
 )
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import COLUMN_WISE, REPLICATED, ROW_HASHED, ROW_WISE, STRATEGIES, TABLE_WISE
-from hvd_shadowsync.embedding.shards import whole_blocks
+from hvd_shadowsync.embedding.shards import table_seed, whole_blocks
 
 DIVIDED = (TABLE_WISE, ROW_WISE, ROW_HASHED, COLUMN_WISE)
 Bag = tuple[Tensor, Tensor, Tensor | None]
@@ -110,7 +110,7 @@ def plain_modules(problem: Problem) -> dict[str, nn.EmbeddingBag]:
     for index, table in enumerate(problem.tables):
         bag = nn.EmbeddingBag(table.num_embeddings, table.embedding_dim, mode=table.pooling, dtype=problem.dtype)
         with torch.no_grad():
-            for first, block in whole_blocks(table, index, problem.dtype):
+            for first, block in whole_blocks(table, table_seed(0, index), problem.dtype):
                 bag.weight[first : first + len(block)] = block
         modules[table.name] = bag
     return modules

@@ -33,7 +33,7 @@ from hvd_shadowsync.embedding.planner import plan as make_plan
 from hvd_shadowsync.embedding.prefetch import Prefetcher
 from hvd_shadowsync.embedding.routing import Lookup, Router
 from hvd_shadowsync.embedding.served import Served
-from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, whole_blocks
+from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, table_seed, whole_blocks
 from hvd_shadowsync.embedding.tables import EmbeddingTable, check_tables
 from hvd_shadowsync.embedding.whole import Block
 from hvd_shadowsync.embedding.worker import HomePoller, Worker
@@ -145,7 +145,7 @@ class ShardedEmbeddingBag(nn.Module):
         for index in self.plan.replicated:
             _require_usable_name(self.tables[index].name)
             self.replicated.register_parameter(
-                self.tables[index].name, _whole_table(self.tables[index], dtype, seed + index)
+                self.tables[index].name, _whole_table(self.tables[index], dtype, table_seed(seed, index))
             )
         self._dtype, self._out_dtype, self._out_device = dtype, dtype, torch.device("cpu")
         self._exchange = self._make_exchange(wire_dtype, debug=debug)

@@ -56,7 +56,7 @@ class Shards(nn.Module):
                 holder.register_buffer(name, torch.full(shape, start, dtype=dtype))
             holder.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         for index, shard in enumerate(self.owned):
-            initialise(self[index].weight, shard, plan.tables[shard.table], seed + shard.table)
+            initialise(self[index].weight, shard, plan.tables[shard.table], table_seed(seed, shard.table))
         self._mark()
         self.register_load_state_dict_post_hook(_make_usable)  # type: ignore[no-untyped-call]
 
@@ -104,6 +104,11 @@ class Shards(nn.Module):
 def _make_usable(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, Shards)
     module.make_usable()
+
+
+def table_seed(seed: int, index: int) -> int:
+    """Return the seed of table `index` of a module whose seed is `seed`."""
+    return hash((seed, index)) & (2**63 - 1)
 
 
 def initialise(weight: Tensor, shard: Shard, table: EmbeddingTable, seed: int) -> None:
