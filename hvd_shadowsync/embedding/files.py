@@ -68,7 +68,9 @@ def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
         CheckpointError: a rank could not write, or rank 0 does not see its files; raised on every rank, names it.
         EmbeddingError: ranks make different calls.
         ShadowSyncError: `module` is closed.
+        TypeError: `module` is something else.
     """
+    _require_module(module)
     enter(module, "save()")
     folder = Path(folder)
     generation = agree(module, "save(): begun", None, uuid.uuid4().hex[:12])[0]
@@ -101,6 +103,7 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
         EmbeddingError: ranks make different calls.
         ShadowSyncError: `module` is closed.
     """
+    _require_module(module)
     enter(module, "load()")
     folder = Path(folder)
     failure, reader = _trying(folder, lambda: _Reader(folder).examined(module))
@@ -115,6 +118,13 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
     agree(module, "load(): loaded", failure)
     if module.rank == 0 and (anew := reader.without_state(module)):
         logger.warning("the optimizer's state begins anew for %s: %s has none that fits", ", ".join(anew), folder)
+
+
+def _require_module(module: ShardedEmbeddingBag) -> None:
+    if not isinstance(module, ShardedEmbeddingBag):
+        raise TypeError(
+            f"module is a {type(module).__name__}; give the ShardedEmbeddingBag itself, such as model.tables"
+        )
 
 
 def read(folder: Folder, table: str, *, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:

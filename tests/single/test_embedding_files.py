@@ -688,3 +688,9 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     assert (tmp_path / "rows-of-mine.safetensors").read_text() == "precious"
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_model_is_not_its_tables(tmp_path: Path) -> None:
+    for use in (files.save, files.load):
+        with pytest.raises(TypeError, match="module is a Linear; give the ShardedEmbeddingBag itself"):
+            use(tmp_path, nn.Linear(1, 1))  # type: ignore[arg-type]
