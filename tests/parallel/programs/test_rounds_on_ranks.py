@@ -66,7 +66,7 @@ def test_delta_rule_keeps_the_mean(comm: Communicator, algorithm: Algorithm, dri
     with ShadowSync(slopes.optimizer, algorithm=algorithm, merge="delta", **DRIVERS[driver]) as sync:
         for _ in range(24):
             slopes.step()
-        settle(sync, slopes)
+        settle(comm, sync, slopes)
         expected = slopes.moved(24 * slopes.all_slopes / slopes.size)
         for weights in sync.gather(slopes.weights.detach()):
             torch.testing.assert_close(weights, expected, rtol=0, atol=2e-5)
@@ -77,15 +77,20 @@ def test_symmetric_elastic_averaging_keeps_the_sum_of_replicas_and_center(comm: 
     with ShadowSync(slopes.optimizer, algorithm=ElasticAveraging(symmetric=True), sync_every=1) as sync:
         for _ in range(24):
             slopes.step()
-        settle(sync, slopes, rounds=60)
+        settle(comm, sync, slopes, rounds=60)
         with_center = slopes.size + 1 if slopes.size > 1 else 1
         expected = slopes.moved(24 * slopes.all_slopes / with_center)
         for weights in sync.gather(slopes.weights.detach()):
             torch.testing.assert_close(weights, expected, rtol=0, atol=2e-4)
 
 
-def settle(sync: ShadowSync, slopes: Slopes, rounds: int = 30) -> None:
-    """Take steps that move nothing until so many more rounds have reached every rank (collective)."""
+def settle(comm: Communicator, sync: ShadowSync, slopes: Slopes, rounds: int = 30) -> None:
+    """Take steps that move nothing until so many more rounds have reached every rank (collective).
+
+    Nobody waits in a call of the handle before all have taken their steps: a rank that waits there does not count, and
+    what the others step meanwhile is not divided by it.
+    """
+    comm.allgather_object(None)
     sync.gather("all have taken their steps")
     if sync.size == 1:
         return
