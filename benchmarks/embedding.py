@@ -187,6 +187,7 @@ def hosts(arguments: argparse.Namespace) -> None:
     import torch
     from mpi4py import MPI
 
+    from hvd_shadowsync.comm import local
     from hvd_shadowsync.embedding import RowWiseAdagrad, ShardedEmbeddingBag
 
     comm = MPI.COMM_WORLD
@@ -198,7 +199,8 @@ def hosts(arguments: argparse.Namespace) -> None:
     top = torch.nn.Sequential(*layers)
     vectors = torch.randn(arguments.batch_size, widths[0], requires_grad=True)
     rule = RowWiseAdagrad(0.02, eps=1e-8)
-    alone = ShardedEmbeddingBag(tables, plan_alone(tables, comm), rule, communicator=Alone())
+    # What a rank computes: its samples in all tables are as many lookups as all ranks' samples in its own tables.
+    alone = ShardedEmbeddingBag(tables, plan, rule, communicator=local.world(1)[0])
     module = ShardedEmbeddingBag(tables, plan, rule)
 
     def dense(batch: Any) -> None:
@@ -235,18 +237,6 @@ def hosts(arguments: argparse.Namespace) -> None:
             print(f"| {name} | {middle:.1f} | {min(found):.1f} | {max(found):.1f} | {middle / bound:.2f} |")
     module.close()
     alone.close()
-
-
-def plan_alone(tables: list[Any], comm: Any) -> dict[str, str]:
-    """The compute of a rank: all its samples in all tables are as many lookups as all ranks' in its own tables."""
-    return {table.name: "table-wise" for table in tables}
-
-
-def Alone() -> Any:
-    """A communicator of one rank."""
-    from hvd_shadowsync.comm import local
-
-    return local.world(1)[0]
 
 
 def timed(step: Callable[[Any], None], loop: Any, comm: Any) -> float:
