@@ -58,10 +58,13 @@ def test_replicas_are_bit_identical_after_synchronize(
                 assert len(set(sync.gather(metrics["rounds"]))) == 1
 
 
-@pytest.mark.parametrize("driver", ["background", "hogwild", "foreground"])
+@pytest.mark.parametrize("driver", ["background", "foreground"])
 @pytest.mark.parametrize("algorithm", [ModelAveraging(), ModelAveraging(alpha=0.5), BMUF()], ids=str)
 def test_delta_rule_keeps_the_mean(comm: Communicator, algorithm: Algorithm, driver: str) -> None:
-    """Whatever was in flight, each rank's steps enter the mean with the weight 1/N."""
+    """Whatever was in flight, each rank's steps enter the mean with the weight 1/N.
+
+    Not so with hogwild, by its nature: of a step and a merge that write at the same time one may be lost.
+    """
     slopes = Slopes(comm.rank, comm.size)
     with ShadowSync(slopes.optimizer, algorithm=algorithm, merge="delta", **DRIVERS[driver]) as sync:
         for _ in range(24):
