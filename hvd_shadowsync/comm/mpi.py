@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PROCESS = os.getpid()
 WORLD_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "MPI_LOCALNRANKS")
+LAST_CALLS_S = 10.0
 MPI_TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.int64: "INT64_T"}
 
 
@@ -130,6 +132,41 @@ def end_job(why: str) -> None:
     mpi.COMM_WORLD.Abort(1)
 
 
+class _InUse:
+    """The communicators that are not freed yet; MPI_Finalize, on whichever thread, waits a while until there are none.
+
+    Horovod finalises the MPI that it has initialised, from its own thread and as soon as any rank has asked for it:
+    this rank may still be making the last calls of its `close()`. What hangs on MPI_COMM_SELF is let go first of all.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+        self._awaited = False
+
+    def add(self, mpi: Any) -> None:
+        """Count one more."""
+        with self._changed:
+            self._count += 1
+            if not self._awaited:
+                self._awaited = True
+                mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=self._await_none), None)
+
+    def remove(self) -> None:
+        """Count one less."""
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def _await_none(self, *_: object) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._count == 0, LAST_CALLS_S):
+                logger.warning("MPI is finalised while %d communicators are in use: close() comes first", self._count)
+
+
+_IN_USE = _InUse()
+
+
 class _MpiRequest:
     """A request together with the buffers that MPI works on."""
 
@@ -163,6 +200,7 @@ class MpiCommunicator(Communicator):
     def __init__(self, comm: Any) -> None:
         self._mpi = load_mpi()
         self._comm = comm
+        _IN_USE.add(self._mpi)
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
 
@@ -243,6 +281,7 @@ class MpiCommunicator(Communicator):
     def free(self) -> None:
         """See `Communicator.free`."""
         self._comm.Free()
+        _IN_USE.remove()
 
 
 def _bytes(tensor: Tensor) -> Any:

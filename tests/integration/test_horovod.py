@@ -32,6 +32,11 @@ def test_what_horovod_offers(tmp_path: Path) -> None:
     assert through == [["compression", "process_set", "clipping", "shutdown"]] * 3
 
 
+def test_horovod_finalises_mpi_after_the_last_call_of_ours(tmp_path: Path) -> None:
+    outcome = run_case(horovodrun(2), tmp_path, "hasty").require_success()
+    assert [each["rank"] for each in outcome.events("through")] == [0, 1]
+
+
 def test_a_gloo_launch_is_refused_on_every_rank(tmp_path: Path) -> None:
     outcome = run_case([find_horovodrun(find_mpi()), "-np", "2", "--gloo"], tmp_path, "gloo")
     assert not outcome.verdict, outcome.verdict

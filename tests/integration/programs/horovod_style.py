@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from typing import Any
 
 import ranks
@@ -158,6 +159,24 @@ def shutdown(hvd: Any) -> None:
     hvd.shutdown()
     assert not any(hasattr(optimizer, "shadow") for optimizer in optimizers)
     ranks.say("through", "shutdown")
+
+
+def hasty(_: str) -> None:
+    """Rank 0 has Horovod finalise the MPI that it initialised while the others make the last calls of `close()`."""
+    import horovod.torch
+
+    horovod.torch.init()
+    import hvd_shadowsync.torch as hvd
+    from hvd_shadowsync.comm.mpi import MpiCommunicator
+
+    model = make_model(hvd.rank())
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), sync_every=1)
+    train(model, optimizer, Data(hvd.rank()), 5)
+    free = MpiCommunicator.free
+    MpiCommunicator.free = lambda self: (time.sleep(0.7 * hvd.rank()), free(self))[1]
+    optimizer.shadow.close()
+    hvd.shutdown()
+    ranks.say("through", "hasty")
 
 
 def gloo(_: str) -> None:

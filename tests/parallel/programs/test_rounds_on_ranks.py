@@ -90,11 +90,10 @@ def test_symmetric_elastic_averaging_keeps_the_sum_of_replicas_and_center(comm: 
 def settle(comm: Communicator, sync: ShadowSync, slopes: Slopes, rounds: int = 30) -> None:
     """Take steps that move nothing until so many more rounds have reached every rank (collective).
 
-    Nobody waits in a call of the handle before all have taken their steps: a rank that waits there does not count, and
-    what the others step meanwhile is not divided by it.
+    Nobody waits in a call of the handle before what all have stepped is averaged: a rank that waits there does not
+    count, and what the others bring meanwhile is not divided by it.
     """
-    comm.allgather_object(None)
-    sync.gather("all have taken their steps")
+    comm.allgather_object("all have taken their steps")
     if sync.size == 1:
         return
     target = sync.metrics()["rounds"] + rounds
