@@ -5,10 +5,12 @@ Everything is a function of seeds, so each rank can make every rank's batch, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from hvd_shadowsync.embedding import (
     RowWiseAdagrad,
     ShardedEmbeddingBag,
 )
+from hvd_shadowsync.embedding.onehost import OneHost
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import COLUMN_WISE, REPLICATED, ROW_HASHED, ROW_WISE, STRATEGIES, TABLE_WISE
 from hvd_shadowsync.embedding.shards import table_seed, whole_blocks
@@ -205,13 +208,32 @@ def placements(problem: Problem, strategy: str, world: int) -> Plan:
     return Plan.of(problem.tables, world, chosen)
 
 
+@contextmanager
+def on_hosts(which: str) -> Iterator[None]:
+    """Let ranks that are on one host exchange as they do there, or as if they were on "several hosts"."""
+    with pytest.MonkeyPatch.context() as patch:
+        if which == "several hosts":
+            patch.setattr(OneHost, "of", lambda *_: None)
+        yield
+
+
+HOSTS = ["one host", "several hosts"]
+
+
 def make(comm: Communicator, problem: Problem, plan: Plan, rule: SparseOptimizer, **more: Any) -> ShardedEmbeddingBag:
     options = {"dtype": problem.dtype, "debug": True, **more}
     return ShardedEmbeddingBag(problem.tables, plan, rule, communicator=comm, **options)
 
 
 def train_sharded(
-    comm: Communicator, problem: Problem, plan: Plan, rule: SparseOptimizer, steps: int, **more: Any
+    comm: Communicator,
+    problem: Problem,
+    plan: Plan,
+    rule: SparseOptimizer,
+    steps: int,
+    *,
+    learn_weights: bool = True,
+    **more: Any,
 ) -> Trained:
     """Train with all ranks; `outputs` and `weight_gradients` are this rank's, `tables` are whole (collective)."""
     module = make(comm, problem, plan, rule, **more)
@@ -219,7 +241,7 @@ def train_sharded(
     outputs, gradients = [], []
     for step in range(steps):
         bags = problem.bags(comm.rank, step)
-        weights = {name: w.clone().requires_grad_() for name, (_, _, w) in bags.items() if w is not None}
+        weights = {name: w.clone().requires_grad_(learn_weights) for name, (_, _, w) in bags.items() if w is not None}
         inputs = {
             name: (ids, at, weights[name]) if name in weights else (ids, at) for name, (ids, at, _) in bags.items()
         }
@@ -256,12 +278,14 @@ def whole_tables(comm: Communicator, module: ShardedEmbeddingBag) -> dict[str, T
 
 __all__ = [
     "DIVIDED",
+    "HOSTS",
     "REPLICATED",
     "STRATEGIES",
     "TABLES",
     "Problem",
     "Trained",
     "make",
+    "on_hosts",
     "placements",
     "plain_modules",
     "replace",

@@ -52,7 +52,8 @@ class Word(NamedTuple):
             call it is.
         samples: LOOKUP: in the rank's batch.
         trails: UPDATE: whether the rank has no more lookups, so that lookups of others may come first.
-        size: of the message that follows for this destination, in elements.
+        way: LOOKUP: a `carrier.Way`.
+        size: LOOKUP: for this destination, as `way` says.
         exponent: UPDATE: the gradients were multiplied by 2 to this.
         fingerprint: of the dtype and the optimizer's settings; in debug mode, of the call.
     """
@@ -65,6 +66,7 @@ class Word(NamedTuple):
     exponent: int = 0
     fingerprint: int = 0
     trails: int = 0
+    way: int = 0
 
 
 class Meetings:
@@ -92,6 +94,7 @@ class Meetings:
         always: str = "",
         what: str = "",
         trails: bool = False,
+        way: int = 0,
         meanwhile: Callable[[], bool] | None = None,
     ) -> list[Word]:
         """Say this to all, a size to each, and return what each says to this rank, by rank (collective).
@@ -101,7 +104,7 @@ class Meetings:
         """
         self.held += 1
         fingerprint = zlib.crc32(f"{always} {what if self.debug else ''}".encode())
-        word = [int(call), self.held, about, samples, 0, exponent, fingerprint, int(trails)]
+        word = [int(call), self.held, about, samples, 0, exponent, fingerprint, int(trails), way]
         self._out[:] = torch.tensor(word)
         if sizes:
             self._out[:, 4] = torch.tensor(sizes)

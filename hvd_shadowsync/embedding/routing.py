@@ -58,6 +58,8 @@ class Lookup:
         batch: of this rank.
         out: [samples, width], the vectors.
         rows: of features whose weights want gradients, the row of each id, by owner and place of the piece.
+        staged: by source, [samples, width], where its gradient lies when all ranks have met for the update; None for
+            ranks without a batch. Empty where gradients travel in messages.
     """
 
     number: int
@@ -67,6 +69,7 @@ class Lookup:
     batch: Batch
     out: Tensor
     rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    staged: list[Tensor | None] = field(default_factory=list)
 
 
 @dataclass
@@ -103,8 +106,8 @@ class Router:
 
     # --- lookups ------------------------------------------------------------------------------------------------------
 
-    def ask(self, batch: Batch) -> list[list[Ask]]:
-        """Take a batch apart by owner."""
+    def ask(self, batch: Batch, *, pooled: bool = False) -> list[list[Ask]]:
+        """Take a batch apart by owner; with `pooled` all owners pool, whatever that moves."""
         parts: dict[int, list[Part]] = {}
         unique: dict[tuple[int, int], tuple[Tensor, Tensor] | None] = {}
         asked: list[list[Ask]] = []
@@ -116,7 +119,7 @@ class Router:
                     if piece.feature not in parts:
                         parts[piece.feature] = self._kernel.split(bags, division)
                     bags, place = parts[piece.feature][piece.part]
-                if owner == self.rank:
+                if owner == self.rank or pooled:
                     asked[owner].append(Ask(piece, bags, None, place))
                     continue
                 key = (piece.feature, piece.part)
@@ -187,6 +190,10 @@ class Router:
                 out.copy_(vectors)
         self._kernel.pool(poolings)
 
+    def pool(self, poolings: Sequence[Pooling]) -> None:
+        """Pool."""
+        self._kernel.pool(poolings)
+
     # --- gradients ----------------------------------------------------------------------------------------------------
 
     def gradients_for(self, asks: list[Ask], run: Run, gradient: Tensor) -> Tensor:
@@ -215,6 +222,11 @@ class Router:
         found = zip(pieces, bags, views(buffer, bags, pieces), strict=True)
         return [(piece.shard, Gradient(each, view, scale)) for piece, each, view in found]
 
+    def gradients_in(self, received: list[Bags], gradient: Tensor, scale: float) -> list[tuple[int, Gradient]]:
+        """Return another rank's gradients, which lie in that of its output, with the index of each shard."""
+        found = zip(self.pieces, received, strict=True)
+        return [(piece.shard, Gradient(each, _columns(gradient, piece), scale)) for piece, each in found]
+
     def update(self, gradients: Sequence[tuple[int, Gradient]]) -> None:
         """Take one step on the shards of this rank that have gradients."""
         by_shard: list[list[Gradient]] = [[] for _ in range(len(self.shards))]
@@ -226,18 +238,19 @@ class Router:
 
     def divide_means(self, lookup: Lookup) -> None:
         """Make means of the sums that are to be means."""
-        for index, counts in self._means(lookup.batch):
+        for index, counts in self.means(lookup.batch):
             lookup.out[:, slice(*self.layout.columns[index])] /= counts
 
     def of_sums(self, lookup: Lookup, gradient: Tensor) -> Tensor:
         """Return the gradient of what owners sum up, rows contiguous."""
-        means = list(self._means(lookup.batch))
+        means = list(self.means(lookup.batch))
         gradient = gradient.clone() if means else gradient
         for index, counts in means:
             gradient[:, slice(*self.layout.columns[index])] /= counts
         return gradient if gradient.stride(-1) == 1 or not gradient.numel() else gradient.contiguous()
 
-    def _means(self, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    def means(self, batch: Batch) -> Iterator[tuple[int, Tensor]]:
+        """Yield the features whose sums are to be means, and what to divide by, [samples, 1]."""
         for index, feature in enumerate(self.layout.features):
             lengths = batch.features[index].lengths
             if feature.table.pooling == "mean" and lengths is not None and index not in self.layout.local:

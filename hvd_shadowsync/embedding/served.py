@@ -84,10 +84,14 @@ class Served:
         self.traffic.lookups += 1
         return lookup
 
+    def stage(self, lookup: Lookup, gradient: Tensor, *, keep: bool) -> Tensor:
+        """Return what `update` takes; with `keep` no memory of the caller."""
+        sums = self._router.of_sums(lookup, gradient)
+        return sums.clone() if keep and sums is gradient else sums
+
     def update(self, lookup: Lookup, gradient: Tensor, *, trails: bool = False) -> None:
         """Give the owners their gradients; return when they have applied them, serving others meanwhile."""
         router = self._router
-        gradient = router.of_sums(lookup, gradient)
         exponent = exponent_of(gradient, self._wire_dtype)
         tag = lookup.number % TICKETS * 2 + UPDATE
         head = torch.frombuffer(bytearray(HEAD.pack(math.ldexp(self._scale, -exponent), 0.0)), dtype=torch.uint8)

@@ -82,6 +82,8 @@ class ShardedEmbeddingBag(nn.Module):
         wire_dtype: torch.float16 or torch.bfloat16 for vectors and gradients on their way; default None, no change.
         include_last_offset: as for `nn.EmbeddingBag`; default False.
         kernel: what looks rows up and updates them: "auto" (default), "compiled" (ours), "fbgemm" or "plain" (torch).
+        share_memory: whether ranks that are all on one host exchange through memory that they share, in place of
+            messages; default True. Not in mode "served", nor with a `wire_dtype`.
         seed: of the initial values; default 0.
         communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
         debug: each exchange also carries a fingerprint of the call; default False.
@@ -109,6 +111,7 @@ class ShardedEmbeddingBag(nn.Module):
         wire_dtype: torch.dtype | None = None,
         include_last_offset: bool = False,
         kernel: str = "auto",
+        share_memory: bool = True,
         seed: int = 0,
         communicator: Communicator | None = None,
         debug: bool = False,
@@ -127,6 +130,7 @@ class ShardedEmbeddingBag(nn.Module):
         if wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"wire_dtype={wire_dtype} is not supported; give torch.float16, torch.bfloat16 or None")
         check_flag("include_last_offset", include_last_offset)
+        check_flag("share_memory", share_memory)
         check_flag("debug", debug)
         check_count("seed", seed, least=0)
         if communicator is not None and not isinstance(communicator, Communicator):
@@ -137,7 +141,7 @@ class ShardedEmbeddingBag(nn.Module):
         self._kernel = kernels.choose(kernel)
         self._comm = mpi.world() if communicator is None else communicator.dup()
         self.plan = _plan_of(self.tables, plan, self._comm.size, optimizer)
-        self._require_same(optimizer, dtype, wire_dtype, seed)
+        self._require_same(optimizer, dtype, wire_dtype, seed, share_memory=share_memory)
         self._layout = Layout(self.plan)
         self.fused_optimizer = FusedOptimizer(optimizer)
         self.shards = Shards(self.plan, self._comm.rank, optimizer, dtype, seed)
@@ -148,7 +152,7 @@ class ShardedEmbeddingBag(nn.Module):
                 self.tables[index].name, _whole_table(self.tables[index], dtype, table_seed(seed, index))
             )
         self._dtype, self._out_dtype, self._out_device = dtype, dtype, torch.device("cpu")
-        self._exchange = self._make_exchange(wire_dtype, debug=debug)
+        self._exchange = self._make_exchange(wire_dtype, share_memory=share_memory, debug=debug)
         self._closed = self._trails = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         serving = self._exchange.serve_some if isinstance(self._exchange, Served) else None
@@ -297,7 +301,7 @@ class ShardedEmbeddingBag(nn.Module):
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _make_exchange(self, wire_dtype: torch.dtype | None, *, debug: bool) -> Exchange | Served:
+    def _make_exchange(self, wire_dtype: torch.dtype | None, *, share_memory: bool, debug: bool) -> Exchange | Served:
         router = Router(self._layout, self._comm.rank, self.shards, self._kernel)
         sums, poller = self._gradients == "sum", HomePoller()
         if self._mode == "served" and self.size > 1:
@@ -305,7 +309,10 @@ class ShardedEmbeddingBag(nn.Module):
             return Served(
                 self._comm, router, poller, dtype=self._dtype, wire_dtype=wire_dtype, scale=scale, debug=debug
             )
-        return Exchange(self._comm, router, poller, wire_dtype=wire_dtype, sum_gradients=sums, debug=debug)
+        return Exchange(
+            self._comm, router, poller, wire_dtype=wire_dtype, sum_gradients=sums, share_memory=share_memory,
+            debug=debug,
+        )  # fmt: skip
 
     def _begin(self, inputs: Any, *, trains: bool) -> Callable[[], Lookup]:
         """Read `inputs`; return what is to be done then, where a wrong input makes all ranks fail."""
@@ -329,11 +336,13 @@ class ShardedEmbeddingBag(nn.Module):
             return self._do(functools.partial(self._exchange.meetings.fail, f"fused_optimizer: {error}"))
         self.fused_optimizer.step()
         found = Router.weight_gradients(lookup, gradient)
-        if self._ahead or self._trails or isinstance(self._exchange, Served):
-            copy = gradient.clone()  # the caller may change his
-            self._worker.submit(functools.partial(self._update, lookup, copy, rule, trails=self._trails))
+        later = bool(self._ahead) or self._trails or isinstance(self._exchange, Served)
+        with torch.no_grad():
+            staged = self._exchange.stage(lookup, gradient, keep=later)
+        if later:
+            self._worker.submit(functools.partial(self._update, lookup, staged, rule, trails=self._trails))
         else:
-            self._do(lambda: self._update(lookup, gradient, rule, trails=False))
+            self._do(lambda: self._update(lookup, staged, rule, trails=False))
         return found
 
     def _do(self, task: Callable[[], T]) -> T:
@@ -366,11 +375,14 @@ class ShardedEmbeddingBag(nn.Module):
         weights = None if weights is None else weights.to(weight.device, weight.dtype)
         return embedding_bag(ids.long(), weight, ends.to(weight.device), mode=table.pooling, per_sample_weights=weights)
 
-    def _require_same(self, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None, seed: int) -> None:
+    def _require_same(
+        self, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None, seed: int, *, share_memory: bool
+    ) -> None:
         if self.size > 1:
             settings: dict[str, Any] = {f"table {table.name!r}": _described(table) for table in self.tables}
             settings |= {"plan": self.plan.placements, "optimizer": rule, "gradients": self._gradients}
             settings |= {"mode": self._mode, "dtype": dtype, "wire_dtype": wire, "seed": seed}
+            settings["share_memory"] = share_memory
             agree.require_same(self._comm, agree.describe_settings(settings))
 
     def _close_at_exit(self) -> None:

@@ -6,14 +6,14 @@ import copy
 import gc
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from embeddings import Problem, make, placements, whole_tables
+from embeddings import HOSTS, Problem, make, on_hosts, placements, whole_tables
 from ranks_as_threads import on_ranks
 from torch import Tensor, nn
 
@@ -36,6 +36,12 @@ from hvd_shadowsync.owned import is_owned
 
 PROBLEM = Problem(sizes=(4,))
 ONE = (EmbeddingTable("a", 10, 4), EmbeddingTable("b", 6, 2))
+
+
+@pytest.fixture(autouse=True, scope="module", params=HOSTS)
+def hosts(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_hosts(request.param):
+        yield request.param
 
 
 def one_rank(problem: Problem = PROBLEM, **more: Any) -> Callable[[Callable[[ShardedEmbeddingBag], Any]], Any]:
@@ -776,13 +782,18 @@ def test_small_gradients_survive_half_precision() -> None:
     assert halved == pytest.approx(whole, rel=1e-3) and min(whole) > 0
 
 
-def test_what_is_sent_is_counted() -> None:
+def test_what_is_sent_is_counted(hosts: str) -> None:
     def use(module: ShardedEmbeddingBag) -> dict[str, float]:
         module(torch.zeros(100, 2, dtype=torch.int64)).sum().backward()
         return module.metrics()
 
     metrics = on_two(use)
     assert all(each["lookups"] == each["updates"] == 1 for each in metrics)
+    if hosts == "one host":  # three words of a head, the ids; vectors and gradients of 100 samples
+        assert metrics[0]["id_bytes"] == metrics[1]["id_bytes"] == 4 * (3 + 100)
+        assert metrics[0]["vector_bytes"] == metrics[1]["gradient_bytes"] == 1600
+        assert metrics[1]["vector_bytes"] == metrics[0]["gradient_bytes"] == 800
+        return
     # 100 times the same id travels once: three words of a head, the id; one row, one gradient.
     assert metrics[0]["id_bytes"] == metrics[1]["id_bytes"] == 16
     assert metrics[0]["vector_bytes"] == 16 and metrics[1]["vector_bytes"] == 8  # dims 4 and 2 of the owner's table

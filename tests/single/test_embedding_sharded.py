@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from embeddings import DIVIDED, TABLES, Problem, placements, train_plain, train_sharded
+from embeddings import DIVIDED, HOSTS, TABLES, Problem, on_hosts, placements, train_plain, train_sharded
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks_as_threads import on_ranks
@@ -26,6 +28,12 @@ def _is_here(name: str) -> bool:
 
 KERNELS = ["compiled", "plain", *(["fbgemm"] if _is_here("fbgemm") else [])]
 """`test_embedding_kernels` says why one is missing."""
+
+
+@pytest.fixture(autouse=True, scope="module", params=HOSTS)
+def hosts(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_hosts(request.param):
+        yield request.param
 
 
 def name_of(rule: SparseOptimizer) -> str:
@@ -70,16 +78,18 @@ def test_single_precision_is_close() -> None:
         torch.testing.assert_close(found[0].tables[name].float(), table, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("learn", [True, False], ids=["learned", "given"])
 @pytest.mark.parametrize("strategy", [*DIVIDED, "mixed"])
-def test_weights_and_their_gradients(strategy: str) -> None:
+def test_weights_and_their_gradients(strategy: str, learn: bool) -> None:
     problem = Problem(weighted=frozenset({"user", "title", "text"}), sizes=(4,))
-    expected = train_plain(problem, 2, SGD(0.25), 3)
-    found = on_ranks(2, lambda comm: train_sharded(comm, problem, placements(problem, strategy, 2), SGD(0.25), 3))
+    plan, rule = placements(problem, strategy, 2), SGD(0.25)
+    expected = train_plain(problem, 2, rule, 3)
+    found = on_ranks(2, lambda comm: train_sharded(comm, problem, plan, rule, 3, learn_weights=learn))
     for rank, trained in enumerate(found):
         assert all(map(torch.equal, trained.outputs[0], expected.outputs[rank]))
         for one, other in zip(trained.weight_gradients[0], expected.weight_gradients[rank], strict=True):
-            assert one.keys() == other.keys() == problem.weighted
-            assert all(torch.equal(one[name], other[name]) for name in other)
+            assert one.keys() == (problem.weighted if learn else set())
+            assert all(torch.equal(one[name], other[name]) for name in one)
         assert all(torch.equal(trained.tables[name], expected.tables[name]) for name in expected.tables)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from embeddings import DIVIDED, Problem, make, placements, train_plain, train_sharded, whole_tables
+from embeddings import DIVIDED, HOSTS, Problem, make, on_hosts, placements, train_plain, train_sharded, whole_tables
 
 from hvd_shadowsync import EmbeddingError, ShadowSync
 from hvd_shadowsync.comm import mpi
@@ -22,6 +22,12 @@ def comm() -> Iterator[Communicator]:
     found = mpi.world()
     yield found
     found.free()
+
+
+@pytest.fixture(autouse=True, scope="module", params=HOSTS)
+def hosts(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_hosts(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "plain"])
