@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hvd_shadowsync.embedding import pages
 from hvd_shadowsync.embedding.kernels.base import Gradient, Kernel, Update
 from hvd_shadowsync.embedding.optimizers import Adagrad, RowWiseAdagrad, SparseOptimizer
 from hvd_shadowsync.embedding.placement import Plan, Shard
@@ -49,11 +50,11 @@ class Shards(nn.Module):
             holder = nn.Module()
             self._keys.append(f"{table.name}/{part}")
             self.add_module(self._keys[-1], holder)
-            holder.register_buffer("weight", torch.empty(shard.rows.num_rows, shard.dim, dtype=dtype))
+            holder.register_buffer("weight", pages.empty((shard.rows.num_rows, shard.dim), dtype))
             for name, per_weight in rule.slots.items():
                 shape = (shard.rows.num_rows, shard.dim) if per_weight else (shard.rows.num_rows,)
                 start = rule.initial_accumulator if isinstance(rule, (Adagrad, RowWiseAdagrad)) else 0.0
-                holder.register_buffer(name, torch.full(shape, start, dtype=dtype))
+                holder.register_buffer(name, pages.empty(shape, dtype).fill_(start))
             holder.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         for index, shard in enumerate(self.owned):
             initialise(self[index].weight, shard, plan.tables[shard.table], table_seed(seed, shard.table))
@@ -84,7 +85,7 @@ class Shards(nn.Module):
             for index in range(len(self)):
                 holder: Any = self._modules[self._keys[index]]
                 for name in ("weight", *self.rule.slots):
-                    holder._buffers[name] = holder._buffers[name].to(wanted)
+                    holder._buffers[name] = pages.converted(holder._buffers[name], wanted)
             self._mark()
         return self
 
@@ -93,7 +94,7 @@ class Shards(nn.Module):
         for index in range(len(self)):
             holder: Any = self._modules[self._keys[index]]
             for name in ("weight", *self.rule.slots):
-                holder._buffers[name] = holder._buffers[name].detach().to("cpu", self.dtype).contiguous()
+                holder._buffers[name] = pages.converted(holder._buffers[name].detach(), self.dtype)
         self._mark()
 
     def _mark(self) -> None:
