@@ -28,7 +28,9 @@ LINE = 64
 SPARE = 1.25
 """More memory than the present batch needs, for larger ones."""
 KEPT = 8
-"""Slots from which on an output that the caller may hold for long is a copy."""
+"""Slots from which on an output is a copy, unless enough others are free: the caller may hold it for long."""
+IN_TURN = 2
+"""Slots that training takes in turns: while others may be reading one, the next lookup needs another."""
 
 
 class _Place(NamedTuple):
@@ -143,9 +145,10 @@ class OneHost(Carrier):
         asked = self._router.ask(batch, pooled=True)
         messages = [pack(asks) if owner in self._router.others else None for owner, asks in enumerate(asked)]
         place = self._place(messages, batch.num_samples, dtype)
-        number = self._free(place.end)
-        if number is None:
+        free = self._free(place.end)
+        if not free:
             return Offer(Way.MORE, [place.end] * self._comm.size, asked)
+        number = free[0]
         slot, rank = self._slots[number], self._comm.rank
         head = place.encode()
         slot.part(rank, 0, torch.int64, len(head)).copy_(head)
@@ -180,7 +183,7 @@ class OneHost(Carrier):
         if offer is not None:
             self._add_parts(lookup.out, slot, place)
             router.divide_means(lookup)
-            if len(self._slots) >= KEPT and self._free(slot.capacity) is None:
+            if len(self._slots) >= KEPT and len(self._free(slot.capacity)) < IN_TURN:
                 lookup.out = lookup.out.clone()
 
     def stage(self, lookup: Lookup, gradient: Tensor, *, keep: bool) -> Tensor:
@@ -231,10 +234,10 @@ class OneHost(Carrier):
         gradient = parts + _lines(row * self._width_of_parts)
         return _Place(starts, at, parts, gradient, num_samples, gradient + _lines(row * self._router.layout.width))
 
-    def _free(self, num_bytes: int) -> int | None:
+    def _free(self, num_bytes: int) -> list[int]:
+        """Return the slots that a lookup of so many bytes could have."""
         held = self._meetings.held
-        free = (n for n, slot in enumerate(self._slots) if slot.capacity >= num_bytes and slot.is_free(held))
-        return next(free, None)
+        return [n for n, slot in enumerate(self._slots) if slot.capacity >= num_bytes and slot.is_free(held)]
 
     def _poolings_for(self, source: int, slot: _Slot, lookup: Lookup, dtype: torch.dtype) -> list[Pooling]:
         """Return what is to be pooled for one rank."""
