@@ -156,7 +156,7 @@ class Exchange:
     def _begin(self, words: list[Word], asked: list[list[Ask]], batch: Batch, dtype: torch.dtype) -> Lookup:
         total = sum(word.samples for word in words)
         scales = [1.0 if self._sum_gradients else word.samples / total if total else 0.0 for word in words]
-        number = next(word.number for word in words if word.call == Call.LOOKUP)
+        number = self.traffic.lookups + 1  # the same on all ranks, which take part in all of them
         return Lookup(number, asked, [[] for _ in words], scales, batch, torch.empty(0, dtype=dtype))
 
     def _carrier(self, words: list[Word]) -> tuple[Carrier, bool]:

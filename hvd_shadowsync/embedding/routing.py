@@ -51,7 +51,7 @@ class Lookup:
     """One batch under way, from its lookup to its update.
 
     Attributes:
-        number: of its meeting, or of its ticket.
+        number: from 1; in mode "served" of its ticket.
         asked: by owner; of this rank's own shards as well.
         received: by source, the bags that it asks of this rank, in the order of its pieces; None for this rank.
         scales: by source, of its gradients.
