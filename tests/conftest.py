@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 
@@ -23,3 +25,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow, and --fast was given"))
+
+
+@pytest.fixture(scope="module", params=["one host", "several hosts"])
+def hosts(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Let sharded embeddings exchange as ranks of one host do, and as those of several."""
+    from hvd_shadowsync.embedding.onehost import OneHost
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "several hosts":
+            patch.setattr(OneHost, "of", lambda *_: None)
+        yield request.param

@@ -5,12 +5,10 @@ Everything is a function of seeds, so each rank can make every rank's batch, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +23,6 @@ from hvd_shadowsync.embedding import (
     RowWiseAdagrad,
     ShardedEmbeddingBag,
 )
-from hvd_shadowsync.embedding.onehost import OneHost
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import COLUMN_WISE, REPLICATED, ROW_HASHED, ROW_WISE, STRATEGIES, TABLE_WISE
 from hvd_shadowsync.embedding.shards import table_seed, whole_blocks
@@ -208,18 +205,6 @@ def placements(problem: Problem, strategy: str, world: int) -> Plan:
     return Plan.of(problem.tables, world, chosen)
 
 
-@contextmanager
-def on_hosts(which: str) -> Iterator[None]:
-    """Let ranks that are on one host exchange as they do there, or as if they were on "several hosts"."""
-    with pytest.MonkeyPatch.context() as patch:
-        if which == "several hosts":
-            patch.setattr(OneHost, "of", lambda *_: None)
-        yield
-
-
-HOSTS = ["one host", "several hosts"]
-
-
 def make(comm: Communicator, problem: Problem, plan: Plan, rule: SparseOptimizer, **more: Any) -> ShardedEmbeddingBag:
     options = {"dtype": problem.dtype, "debug": True, **more}
     return ShardedEmbeddingBag(problem.tables, plan, rule, communicator=comm, **options)
@@ -278,14 +263,12 @@ def whole_tables(comm: Communicator, module: ShardedEmbeddingBag) -> dict[str, T
 
 __all__ = [
     "DIVIDED",
-    "HOSTS",
     "REPLICATED",
     "STRATEGIES",
     "TABLES",
     "Problem",
     "Trained",
     "make",
-    "on_hosts",
     "placements",
     "plain_modules",
     "replace",

@@ -77,8 +77,7 @@ class Messages(Carrier):
 
     def stage(self, lookup: Lookup, gradient: Tensor, *, keep: bool) -> Tensor:
         """See `Carrier.stage`."""
-        sums = self._router.of_sums(lookup, gradient)
-        return sums.clone() if keep and sums is gradient else sums
+        return self._router.of_sums(lookup, gradient, keep=keep)
 
     def update(self, lookup: Lookup, gradient: Tensor, exponent: int, words: Sequence[Word]) -> None:
         """See `Carrier.update`."""

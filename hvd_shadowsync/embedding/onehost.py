@@ -34,23 +34,13 @@ IN_TURN = 2
 
 
 class _Place(NamedTuple):
-    """What lies where in a rank's part of a slot, in bytes."""
+    """What lies where in a rank's part of a slot, in bytes, after `num_samples` and the messages' sizes, int64 each."""
 
     messages: list[tuple[int, int]]  # (start, elements), by owner
     output: int
     parts: int
     gradient: int
-    num_samples: int
     end: int
-
-    def encode(self) -> Tensor:
-        flat = [value for pair in self.messages for value in pair]
-        return torch.tensor([*flat, self.output, self.parts, self.gradient, self.num_samples, self.end])
-
-    @classmethod
-    def decode(cls, values: list[int]) -> _Place:
-        pairs = values[:-5]
-        return cls(list(zip(pairs[::2], pairs[1::2], strict=True)), *values[-5:])
 
 
 class _Slot:
@@ -115,9 +105,10 @@ class OneHost(Carrier):
         self._meetings = meetings
         self._counters, self._fence = [each.view(torch.int64)[0] for each in counters.segments], counters.fence
         self._slots: list[_Slot] = []
+        self._divided = [piece for pieces in router.layout.pieces for piece in pieces if piece.part]
         self._parts: dict[tuple[int, int, int], int] = {}
         self._width_of_parts = 0
-        for piece in [piece for pieces in router.layout.pieces for piece in pieces if piece.part]:
+        for piece in self._divided:
             self._parts[_key(piece)] = self._width_of_parts
             self._width_of_parts += piece.dim
         self._of_others = _joined(sorted(
@@ -144,14 +135,14 @@ class OneHost(Carrier):
         """See `Carrier.offer`; the size is the number of the slot, or the bytes that it would have to have."""
         asked = self._router.ask(batch, pooled=True)
         messages = [pack(asks) if owner in self._router.others else None for owner, asks in enumerate(asked)]
-        place = self._place(messages, batch.num_samples, dtype)
+        head = [batch.num_samples, *(0 if message is None else len(message) for message in messages)]
+        place = self._place(head, dtype)
         free = self._free(place.end)
         if not free:
             return Offer(Way.MORE, [place.end] * self._comm.size, asked)
         number = free[0]
         slot, rank = self._slots[number], self._comm.rank
-        head = place.encode()
-        slot.part(rank, 0, torch.int64, len(head)).copy_(head)
+        slot.part(rank, 0, torch.int64, len(head)).copy_(torch.tensor(head))
         for (start, count), message in zip(place.messages, messages, strict=True):
             if message is not None and count:
                 slot.part(rank, start, torch.int32, count).copy_(message)
@@ -168,7 +159,7 @@ class OneHost(Carrier):
         if offer is not None:
             slot, place = self._slots[words[rank].size], offer.content
             slot.lookup = weakref.ref(lookup)
-            lookup.out = slot.lend(rank, place.output, dtype, place.num_samples, router.layout.width)
+            lookup.out = slot.lend(rank, place.output, dtype, lookup.batch.num_samples, router.layout.width)
             for index in router.layout.local:
                 lookup.out[:, slice(*router.layout.columns[index])] = 0
         poolings: list[Pooling] = []
@@ -222,17 +213,17 @@ class OneHost(Carrier):
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
-    def _place(self, messages: Sequence[Tensor | None], num_samples: int, dtype: torch.dtype) -> _Place:
-        at = _lines(torch.int64.itemsize * (2 * len(messages) + 5))
-        starts = []
-        for message in messages:
-            count = 0 if message is None else len(message)
-            starts.append((at, count))
+    def _place(self, head: Sequence[int], dtype: torch.dtype) -> _Place:
+        """Return what lies where, given the number of samples and of elements for each owner."""
+        num_samples, *counts = head
+        at, messages = _lines(torch.int64.itemsize * len(head)), []
+        for count in counts:
+            messages.append((at, count))
             at += _lines(torch.int32.itemsize * count)
         row = num_samples * dtype.itemsize
         parts = at + _lines(row * self._router.layout.width)
         gradient = parts + _lines(row * self._width_of_parts)
-        return _Place(starts, at, parts, gradient, num_samples, gradient + _lines(row * self._router.layout.width))
+        return _Place(messages, at, parts, gradient, gradient + _lines(row * self._router.layout.width))
 
     def _free(self, num_bytes: int) -> list[int]:
         """Return the slots that a lookup of so many bytes could have."""
@@ -242,9 +233,8 @@ class OneHost(Carrier):
     def _poolings_for(self, source: int, slot: _Slot, lookup: Lookup, dtype: torch.dtype) -> list[Pooling]:
         """Return what is to be pooled for one rank."""
         rank, router = self._comm.rank, self._router
-        head = slot.part(source, 0, torch.int64, 2 * self._comm.size + 5)
-        place = _Place.decode(head.tolist())
-        samples, width = place.num_samples, router.layout.width
+        head = slot.part(source, 0, torch.int64, 1 + self._comm.size).tolist()
+        place, samples, width = self._place(head, dtype), head[0], router.layout.width
         if not samples:
             return []
         output = slot.part(source, place.output, dtype, samples, width)
@@ -265,14 +255,12 @@ class OneHost(Carrier):
     def _target(self, piece: Piece, slot: _Slot, source: int, place: _Place, output: Tensor) -> Tensor:
         if not piece.part:
             return output[:, piece.column : piece.column + piece.dim]
-        start = place.parts + self._parts[_key(piece)] * place.num_samples * output.itemsize
-        return slot.part(source, start, output.dtype, place.num_samples, piece.dim)
+        start = place.parts + self._parts[_key(piece)] * len(output) * output.itemsize
+        return slot.part(source, start, output.dtype, len(output), piece.dim)
 
     def _add_parts(self, out: Tensor, slot: _Slot, place: _Place) -> None:
-        if len(out) and self._parts:
-            for piece in [piece for pieces in self._router.layout.pieces for piece in pieces if piece.part]:
-                target = self._target(piece, slot, self._comm.rank, place, out)
-                out[:, piece.column : piece.column + piece.dim] += target
+        for piece in self._divided:
+            out[:, piece.column : piece.column + piece.dim] += self._target(piece, slot, self._comm.rank, place, out)
 
 
 def _key(piece: Piece) -> tuple[int, int, int]:

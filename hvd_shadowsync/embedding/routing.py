@@ -241,10 +241,10 @@ class Router:
         for index, counts in self.means(lookup.batch):
             lookup.out[:, slice(*self.layout.columns[index])] /= counts
 
-    def of_sums(self, lookup: Lookup, gradient: Tensor) -> Tensor:
-        """Return the gradient of what owners sum up, rows contiguous."""
+    def of_sums(self, lookup: Lookup, gradient: Tensor, *, keep: bool) -> Tensor:
+        """Return the gradient of what owners sum up, rows contiguous; with `keep` no memory of the caller."""
         means = list(self.means(lookup.batch))
-        gradient = gradient.clone() if means else gradient
+        gradient = gradient.clone() if means or keep else gradient
         for index, counts in means:
             gradient[:, slice(*self.layout.columns[index])] /= counts
         return gradient if gradient.stride(-1) == 1 or not gradient.numel() else gradient.contiguous()

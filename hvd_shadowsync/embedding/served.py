@@ -85,9 +85,8 @@ class Served:
         return lookup
 
     def stage(self, lookup: Lookup, gradient: Tensor, *, keep: bool) -> Tensor:
-        """Return what `update` takes; with `keep` no memory of the caller."""
-        sums = self._router.of_sums(lookup, gradient)
-        return sums.clone() if keep and sums is gradient else sums
+        """See `Carrier.stage`."""
+        return self._router.of_sums(lookup, gradient, keep=keep)
 
     def update(self, lookup: Lookup, gradient: Tensor, *, trails: bool = False) -> None:
         """Give the owners their gradients; return when they have applied them, serving others meanwhile."""

@@ -6,14 +6,14 @@ import copy
 import gc
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from embeddings import HOSTS, Problem, make, on_hosts, placements, whole_tables
+from embeddings import Problem, make, placements, whole_tables
 from ranks_as_threads import on_ranks
 from torch import Tensor, nn
 
@@ -34,14 +34,10 @@ from hvd_shadowsync.embedding import (
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.owned import is_owned
 
+pytestmark = pytest.mark.usefixtures("hosts")
+
 PROBLEM = Problem(sizes=(4,))
 ONE = (EmbeddingTable("a", 10, 4), EmbeddingTable("b", 6, 2))
-
-
-@pytest.fixture(autouse=True, scope="module", params=HOSTS)
-def hosts(request: pytest.FixtureRequest) -> Iterator[str]:
-    with on_hosts(request.param):
-        yield request.param
 
 
 def one_rank(problem: Problem = PROBLEM, **more: Any) -> Callable[[Callable[[ShardedEmbeddingBag], Any]], Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from embeddings import DIVIDED, HOSTS, TABLES, Problem, on_hosts, placements, train_plain, train_sharded
+from embeddings import DIVIDED, TABLES, Problem, placements, train_plain, train_sharded
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks_as_threads import on_ranks
@@ -14,6 +12,8 @@ from ranks_as_threads import on_ranks
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, EmbeddingTable, Plan, RowWiseAdagrad
 from hvd_shadowsync.embedding.kernels import choose
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
+
+pytestmark = pytest.mark.usefixtures("hosts")
 
 RULES = [SGD(0.5), RowWiseAdagrad(0.1, eps=1e-8), Adagrad(0.1), Adam(0.05)]
 
@@ -28,12 +28,6 @@ def _is_here(name: str) -> bool:
 
 KERNELS = ["compiled", "plain", *(["fbgemm"] if _is_here("fbgemm") else [])]
 """`test_embedding_kernels` says why one is missing."""
-
-
-@pytest.fixture(autouse=True, scope="module", params=HOSTS)
-def hosts(request: pytest.FixtureRequest) -> Iterator[str]:
-    with on_hosts(request.param):
-        yield request.param
 
 
 def name_of(rule: SparseOptimizer) -> str:

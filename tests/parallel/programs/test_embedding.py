@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from embeddings import DIVIDED, HOSTS, Problem, make, on_hosts, placements, train_plain, train_sharded, whole_tables
+from embeddings import DIVIDED, Problem, make, placements, train_plain, train_sharded, whole_tables
 
 from hvd_shadowsync import EmbeddingError, ShadowSync
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
+
+pytestmark = pytest.mark.usefixtures("hosts")
 
 RULES = [RowWiseAdagrad(0.1, eps=1e-8), Adagrad(0.1), Adam(0.05)]
 
@@ -22,12 +24,6 @@ def comm() -> Iterator[Communicator]:
     found = mpi.world()
     yield found
     found.free()
-
-
-@pytest.fixture(autouse=True, scope="module", params=HOSTS)
-def hosts(request: pytest.FixtureRequest) -> Iterator[str]:
-    with on_hosts(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "plain"])
