@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
 from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
+from hvd_shadowsync.embedding.carrier import Offer
 from hvd_shadowsync.embedding.onehost import KEPT, OneHost
 
 STRATEGIES = ["table-wise", "row-wise", "column-wise", "mixed"]
@@ -60,6 +62,36 @@ def test_outputs_keep_their_values_while_they_are_held(strategy: str, trains: bo
         return slots(module)
 
     assert max(on_two(use, problem, strategy)) <= KEPT + 2
+
+
+def test_a_slot_rests_while_another_rank_may_be_reading_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 lays its next batch down while rank 1 is about to read the gradients of the last."""
+    problem = Problem(sizes=(4,))
+    laid_down = threading.Event()
+    offer, update = OneHost.offer, OneHost.update
+
+    def offering(carrier: OneHost, *arguments: Any) -> Offer:
+        found = offer(carrier, *arguments)
+        if carrier._comm.rank == 0 and carrier._traffic.updates:
+            laid_down.set()
+        return found
+
+    def updating(carrier: OneHost, *arguments: Any) -> None:
+        if carrier._comm.rank == 1:
+            assert laid_down.wait(30)
+        update(carrier, *arguments)
+
+    def use(module: ShardedEmbeddingBag) -> Tensor:
+        for step in range(2):
+            problem.loss(module(ids_of(problem, module.rank, step)), module.rank, step).backward()
+        with torch.no_grad():
+            vectors: Tensor = module(ids_of(problem, module.rank, 0))
+        return vectors
+
+    expected = on_two(use, problem, share_memory=False)
+    monkeypatch.setattr(OneHost, "offer", offering)
+    monkeypatch.setattr(OneHost, "update", updating)
+    assert all(map(torch.equal, on_two(use, problem), expected))
 
 
 def test_a_training_loop_needs_few_slots() -> None:
