@@ -1,7 +1,8 @@
 """Starts real jobs for the tests: under mpirun or horovodrun, with a time-out that names the ranks that hang.
 
 A job's processes are found by a variable in their environment, so nothing of it is left however it ended: launchers
-put ranks in process groups and sessions of their own.
+put ranks in process groups and sessions of their own. Temporary files of a job go with it: an mpirun that is killed
+leaves one under its pid, and the next one that happens to get this pid refuses to start.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +154,7 @@ class Job:
     def __init__(self, command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> None:
         self.folder = folder
         self.mark = uuid.uuid4().hex
+        self._scratch = tempfile.TemporaryDirectory(prefix="job", ignore_cleanup_errors=True)
         self.began = time.monotonic()
         self._files = [open(folder / name, "w+", errors="replace") for name in ("stdout", "stderr")]  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -207,6 +210,7 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         self._kill()
+        self._scratch.cleanup()
         for file in self._files:
             file.close()
 
@@ -274,6 +278,7 @@ class Job:
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "OMP_NUM_THREADS": "1",
+            "TMPDIR": self._scratch.name,
             "SHADOWSYNC_JOB_FOLDER": str(self.folder),
             MARK: self.mark,
             **additions,

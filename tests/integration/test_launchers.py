@@ -84,6 +84,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture
 def start(environ: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     """Starts a command in a session of its own; whatever is left of it is killed afterwards."""
+    environ = {**environ, "TMPDIR": str(tmp_path)}  # an mpirun that is killed leaves files under its pid
     started: list[subprocess.Popen[str]] = []
 
     def begin(command: list[str]) -> subprocess.Popen[str]:
