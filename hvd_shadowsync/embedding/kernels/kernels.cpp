@@ -12,9 +12,10 @@
 
 namespace {
 
-constexpr int AHEAD = 24;  // ids between the prefetch of a row and its use
-constexpr int LINE = 64;   // bytes
-constexpr int OFTEN = 2;   // ids a bag from which gradients are copied together
+constexpr int AHEAD = 24;      // ids between the prefetch of a row, or of a gradient, and its use
+constexpr int AHEAD_OUT = 16;  // bags between the prefetch of where a vector goes and its writing
+constexpr int LINE = 64;       // bytes
+constexpr int OFTEN = 2;       // ids a bag from which gradients are copied together
 
 // Some bags of rows. Fields are filled in by compiled.py as int64, in this order.
 struct Bags {
@@ -47,8 +48,9 @@ struct Rule {
   double lr, eps, beta0, beta1, correction;
 };
 
+template <int WRITE = 0>
 inline void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(row + at, 0, 3);
+  for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(row + at, WRITE, 3);
 }
 
 template <typename T, typename I, int DIM>
@@ -61,6 +63,8 @@ void pool_bags(const Bags& bags, int64_t first, int64_t last, int64_t at) {
   for (int64_t bag = first; bag < last; ++bag) {
     const int64_t end = at + (bags.lengths ? bags.lengths[bag] : 1);
     T* target = out + bag * bags.stride;
+    if (bag + AHEAD_OUT < last)
+      prefetch_row<1>(reinterpret_cast<const char*>(target + AHEAD_OUT * bags.stride), dim * sizeof(T));
     T sum[DIM ? DIM : 1];
     T* acc = DIM ? sum : target;
     if (DIM) {
@@ -283,16 +287,19 @@ void update_shard(const Shard& shard, const Bags* all, const Rule& rule, uint32_
   T fixed[DIM ? DIM : 1];
   T* sum = DIM ? fixed : any.data();
   const size_t count = touches.size();
+  const auto fetch = [&](const Touch& next, bool is_another_row) {
+    prefetch_row(reinterpret_cast<const char*>(gradients[next.at].vector), dim * sizeof(T));
+    if (!is_another_row) return;
+    const int64_t row = next.row;
+    prefetch_row(reinterpret_cast<const char*>(rows + row * dim), dim * sizeof(T));
+    if (state0) prefetch_row(reinterpret_cast<const char*>(state0 + (per_weight ? row * dim : row)), per_weight ? dim * sizeof(T) : 1);
+    if (state1) prefetch_row(reinterpret_cast<const char*>(state1 + row * dim), dim * sizeof(T));
+  };
   for (size_t i = 0; i < count;) {
-    if (i + AHEAD < count) {
-      const int64_t next = sorted[i + AHEAD].row;
-      prefetch_row(reinterpret_cast<const char*>(rows + next * dim), dim * sizeof(T));
-      if (state0) prefetch_row(reinterpret_cast<const char*>(state0 + (per_weight ? next * dim : next)), per_weight ? dim * sizeof(T) : 1);
-      if (state1) prefetch_row(reinterpret_cast<const char*>(state1 + next * dim), dim * sizeof(T));
-    }
     const int64_t row = sorted[i].row;
     for (int64_t d = 0; d < dim; ++d) sum[d] = 0;
     for (; i < count && sorted[i].row == row; ++i) {
+      if (i + AHEAD < count) fetch(sorted[i + AHEAD], sorted[i + AHEAD].row != sorted[i + AHEAD - 1].row);
       const Gradient<T> gradient = gradients[sorted[i].at];
       for (int64_t d = 0; d < dim; ++d) sum[d] += gradient.scale * gradient.vector[d];
     }
