@@ -202,53 +202,62 @@ def hosts(arguments: argparse.Namespace) -> None:
     # What a rank computes: its samples in all tables are as many lookups as all ranks' samples in its own tables.
     alone = ShardedEmbeddingBag(tables, plan, rule, communicator=local.world(1)[0])
     module = ShardedEmbeddingBag(tables, plan, rule)
+    half = ShardedEmbeddingBag(tables, plan, rule, wire_dtype=torch.bfloat16)
 
     def dense(batch: Any) -> None:
         top(vectors).mean().backward()
 
-    def train(batch: Any) -> None:
-        top(module(batch)).mean().backward()
+    def train(batch: Any, embedding: Any = module) -> None:
+        top(embedding(batch)).mean().backward()
 
-    def local(batch: Any) -> None:
-        top(alone(batch)).mean().backward()
-
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     before = module.metrics()
     for _ in range(arguments.repeats):
-        rows.setdefault("dense alone", []).append(timed(dense, list(ring(batches, arguments.steps)), comm))
+        given = list(ring(batches, arguments.steps))
+        rows.setdefault("dense alone", []).append(timed(dense, given, comm))
         rows.setdefault("dense, own lookups and updates", []).append(
-            timed(local, list(ring(batches, arguments.steps)), comm)
+            timed(lambda batch: train(batch, alone), given, comm)
         )
         for depth in (0, 1, 2):
-            loop = module.prefetch(list(ring(batches, arguments.steps)), depth=depth)
-            rows.setdefault(f"prefetch {depth}", []).append(timed(train, loop, comm))
+            rows.setdefault(f"prefetch {depth}", []).append(timed(train, module.prefetch(given, depth=depth), comm))
             module.wait()
+        loop = half.prefetch(given, depth=1)
+        rows.setdefault("prefetch 1, bfloat16 on the wire", []).append(
+            timed(lambda batch: train(batch, half), loop, comm)
+        )
+        half.wait()
     after = module.metrics()
     steps = after["lookups"] - before["lookups"]
     sent = sum(after[key] - before[key] for key in ("id_bytes", "vector_bytes", "gradient_bytes")) / steps
     link_ms = 8000 * comm.allreduce(sent, MPI.MAX) / (arguments.rate_mbit * 1e6)
     if comm.rank == 0:
-        compute = statistics.median(rows["dense, own lookups and updates"])
+        compute = statistics.median(wall for wall, _ in rows["dense, own lookups and updates"])
         bound = max(compute, link_ms)
         print(f"{sent / 1e6:.2f} MB a step and rank each way: {link_ms:.1f} ms on the link; bound {bound:.1f} ms\n")
-        print("| | step, ms: median | best | worst | / bound |\n|---|---|---|---|---|")
+        print("| | step, ms: median | best | worst | / bound | CPU of a rank, ms |\n|---|---|---|---|---|---|")
         for name, found in rows.items():
-            middle = statistics.median(found)
-            print(f"| {name} | {middle:.1f} | {min(found):.1f} | {max(found):.1f} | {middle / bound:.2f} |")
+            steps_ms, cpu_ms = zip(*found, strict=True)
+            middle = statistics.median(steps_ms)
+            print(
+                f"| {name} | {middle:.1f} | {min(steps_ms):.1f} | {max(steps_ms):.1f} | {middle / bound:.2f} | "
+                f"{statistics.median(cpu_ms):.1f} |"
+            )
     module.close()
+    half.close()
     alone.close()
 
 
-def timed(step: Callable[[Any], None], loop: Any, comm: Any) -> float:
-    """Milliseconds of a step of the slowest rank."""
+def timed(step: Callable[[Any], None], loop: Any, comm: Any) -> tuple[float, float]:
+    """Milliseconds of a step of the slowest rank, and CPU milliseconds of this one, all its threads."""
     comm.Barrier()
-    begun, count = time.perf_counter(), 0
+    begun, cpu, count = time.perf_counter(), time.process_time(), 0
     for batch in loop:
         step(batch)
         count += 1
     from mpi4py import MPI
 
-    return 1000 * comm.allreduce(time.perf_counter() - begun, MPI.MAX) / count
+    cpu = time.process_time() - cpu
+    return 1000 * comm.allreduce(time.perf_counter() - begun, MPI.MAX) / count, 1000 * cpu / count
 
 
 def memory(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from hvd_shadowsync import agree
 from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding import kernels, whole
 from hvd_shadowsync.embedding.exchange import Exchange
 from hvd_shadowsync.embedding.inputs import Batch, read_batch
@@ -303,14 +304,14 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _make_exchange(self, wire_dtype: torch.dtype | None, *, share_memory: bool, debug: bool) -> Exchange | Served:
         router = Router(self._layout, self._comm.rank, self.shards, self._kernel)
-        sums, poller = self._gradients == "sum", HomePoller()
+        sums = self._gradients == "sum"
         if self._mode == "served" and self.size > 1:
             scale = 1.0 if sums else 1.0 / self.size
             return Served(
-                self._comm, router, poller, dtype=self._dtype, wire_dtype=wire_dtype, scale=scale, debug=debug
+                self._comm, router, Poller(), dtype=self._dtype, wire_dtype=wire_dtype, scale=scale, debug=debug
             )
         return Exchange(
-            self._comm, router, poller, wire_dtype=wire_dtype, sum_gradients=sums, share_memory=share_memory,
+            self._comm, router, HomePoller(), wire_dtype=wire_dtype, sum_gradients=sums, share_memory=share_memory,
             debug=debug,
         )  # fmt: skip
 

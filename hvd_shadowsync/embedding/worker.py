@@ -17,22 +17,27 @@ from hvd_shadowsync.comm.poll import Poller, sleep_on_time
 T = TypeVar("T")
 
 
+AWAY = Poller(spin_s=0.0, eager=0, longest_s=0.0003)
+"""Never without a pause: a thread that spins beside one that computes uses up its turn, and waits for the next."""
+
+
 @dataclass(frozen=True)
 class HomePoller(Poller):
-    """Spins for longer in the thread that made it, which can do nothing else meanwhile; in others it spares the core.
+    """Spins for long in the thread that made it, which can do nothing else meanwhile; in others it spares the core.
 
     Attributes:
         home: that thread's ident.
-        home_spin_s: how long it polls without a pause, seconds.
     """
 
     home: int = field(default_factory=threading.get_ident)
-    home_spin_s: float = 0.002
+    spin_s: float = 0.002
 
     def wait(self, requests: Iterable[Request], meanwhile: Callable[[], bool] | None = None) -> None:
         """See `Poller.wait`."""
-        spin_s = self.home_spin_s if threading.get_ident() == self.home else self.spin_s
-        Poller(spin_s, self.eager, self.shortest_s, self.longest_s, self.growth).wait(requests, meanwhile)
+        if threading.get_ident() == self.home:
+            super().wait(requests, meanwhile)
+        else:
+            AWAY.wait(requests, meanwhile)
 
 
 class Worker:
