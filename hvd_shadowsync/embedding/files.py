@@ -7,48 +7,32 @@ new index takes its place.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
-import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hvd_shadowsync.checks import check_count
-from hvd_shadowsync.embedding.optimizers import SparseOptimizer
-from hvd_shadowsync.embedding.placement import RowHash, RowRange, Shard
+from hvd_shadowsync.embedding.holding import BLOCK_ROWS, WEIGHT, Holding, holdings
+from hvd_shadowsync.embedding.placement import RowRange, Shard
+from hvd_shadowsync.embedding.saved import FORMAT, INDEX, OURS, VERSION, Saved
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.embedding.tables import EmbeddingTable
-from hvd_shadowsync.embedding.whole import (
-    BLOCK_ROWS,
-    WEIGHT,
-    Holding,
-    agree,
-    compact,
-    enter,
-    holdings,
-    put,
-    reset_state,
-    shared_rows,
-)
+from hvd_shadowsync.embedding.whole import agree, enter
 from hvd_shadowsync.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-INDEX = "index.json"
-FORMAT, VERSION = "hvd_shadowsync.embedding", 1
 FILE_BYTES = 1 << 30
-OURS = re.compile(r"\.?rows-([0-9a-f]{12})-\d+-\d+\.safetensors(\.tmp)?")
 Folder = str | os.PathLike[str]
 _Described = dict[str, Any]
 
@@ -106,7 +90,7 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
     _require_module(module)
     enter(module, "load()")
     folder = Path(folder)
-    failure, reader = _trying(folder, lambda: _Reader(folder).examined(module))
+    failure, reader = _trying(folder, lambda: Saved(folder).examined(module))
     generations = agree(module, "load(): looked at", failure, reader and reader.generation)
     if others := [rank for rank, each in enumerate(generations) if each != generations[0]]:
         raise CheckpointError(
@@ -142,7 +126,7 @@ def read(folder: Folder, table: str, *, block_rows: int = BLOCK_ROWS) -> Iterato
         TypeError, ValueError: `block_rows` is no count.
     """
     check_count("block_rows", block_rows, least=1)
-    reader = _Reader(Path(folder))
+    reader = Saved(Path(folder))
     found = reader.table(table)
     starts = range(0, found.shape[0], block_rows)
     return ((first, reader.rows(found, first, min(first + block_rows, found.shape[0]))) for first in starts)
@@ -160,7 +144,7 @@ def load_into(folder: Folder, targets: Mapping[str, nn.EmbeddingBag | nn.Embeddi
             of files are looked at before anything is changed.
         TypeError: a target is none of these.
     """
-    reader, found = _Reader(Path(folder)), []
+    reader, found = Saved(Path(folder)), []
     for name, target in targets.items():
         weight = target.weight if isinstance(target, (nn.EmbeddingBag, nn.Embedding)) else target
         if not isinstance(weight, Tensor):
@@ -178,9 +162,6 @@ def load_into(folder: Folder, targets: Mapping[str, nn.EmbeddingBag | nn.Embeddi
         reader.examine(table, found[-1][1], WEIGHT)
     for table, holding in found:
         reader.fill(table, holding, WEIGHT)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def _write_shards(folder: Path, generation: str, module: ShardedEmbeddingBag) -> list[_Described]:
@@ -308,198 +289,3 @@ def _trying(folder: Path, task: Callable[[], Any]) -> tuple[str | None, Any]:
         return str(error), None
     except (OSError, SafetensorError) as error:
         return f"{folder} cannot be used ({error}); give a folder whose parent exists, with room and access", None
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-class _Piece(NamedTuple):
-    """Consecutive rows of a shard, in one tensor of a file."""
-
-    file: str
-    key: str
-    first_row: int
-    num_rows: int
-
-
-class _Saved(NamedTuple):
-    """What one rank had of a table; `steps` is None where that has no optimizer state."""
-
-    rows: RowRange | RowHash
-    columns: tuple[int, int]
-    steps: int | None
-    tensors: dict[str, list[_Piece]]
-
-
-class _Table(NamedTuple):
-    """What the index says of a table."""
-
-    name: str
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    shards: list[_Saved]
-
-
-class _Reader:
-    """A checkpoint: its index, and its files as far as they are needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        content = _read_index(folder / INDEX)
-        try:
-            self.generation = str(content["generation"])
-            self._optimizer = str(content["optimizer"]["name"])
-            self._per_weight = {WEIGHT: True, **content["optimizer"]["slots"]}
-            tables = [_table_of(each, self._per_weight) for each in content["tables"]]
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{folder / INDEX} is damaged ({what}); use another checkpoint") from error
-        self._tables = {table.name: table for table in tables}
-
-    def table(self, name: str) -> _Table:
-        """Return a table by name."""
-        if name not in self._tables:
-            raise CheckpointError(f"{self._folder} has no table {name!r}; it has {', '.join(self._tables)}")
-        return self._tables[name]
-
-    def examined(self, module: ShardedEmbeddingBag) -> _Reader:
-        """Return this reader if it has all that `module` needs."""
-        for each in module.tables:
-            found, wanted = self.table(each.name).shape, (each.num_embeddings, each.embedding_dim)
-            if found != wanted:
-                raise CheckpointError(
-                    f"table {each.name!r} is {wanted}, {found} in {self._folder}; make it of that size"
-                )
-        if unknown := self._tables.keys() - {each.name for each in module.tables}:
-            raise CheckpointError(f"{self._folder} has table {min(unknown)!r}, which is none here; make it as well")
-        for table, holding, slots in self._wanted(module):
-            for slot in slots:
-                self.examine(table, holding, slot)
-        return self
-
-    def fill_all(self, module: ShardedEmbeddingBag) -> None:
-        """Read all that this rank holds."""
-        for table, holding, slots in self._wanted(module):
-            for slot in slots:
-                self.fill(table, holding, slot)
-            if not self._fits(table, module.shards.rule):
-                reset_state(holding, module.shards.rule)
-            elif holding.steps is not None:
-                holding.steps.fill_(max(shard.steps or 0 for shard in table.shards))
-
-    def without_state(self, module: ShardedEmbeddingBag) -> list[str]:
-        """Return the names of the tables that need state which is not there."""
-        rule, divided = module.shards.rule, {shard.table for shard in module.plan.shards}
-        names = [module.tables[index].name for index in sorted(divided) if rule.slots]
-        return [name for name in names if not self._fits(self.table(name), rule)]
-
-    def examine(self, table: _Table, holding: Holding, slot: str) -> None:
-        """Look at the heads of the files that `fill` reads."""
-        for shard, piece in _needed(table, holding, slot):
-            self._tensor(shard, piece, slot)
-
-    def fill(self, table: _Table, holding: Holding, slot: str) -> None:
-        """Read one slot of `holding`, block by block."""
-        if holding.slots[slot].dim() == 1:
-            holding.slots[slot].zero_()
-        for shard, piece in _needed(table, holding, slot):
-            tensor, end = self._tensor(shard, piece, slot), piece.first_row + piece.num_rows
-            for first in range(piece.first_row, end, BLOCK_ROWS):
-                theirs, ours = shared_rows(shard.rows, first, min(first + BLOCK_ROWS, end), holding.shard.rows)
-                if len(theirs):
-                    low, high = int(theirs[0]), int(theirs[-1]) + 1
-                    values = tensor[low - piece.first_row : high - piece.first_row]
-                    put(holding, slot, ours, values[compact(theirs - low)], shard.columns)
-
-    def rows(self, table: _Table, first: int, last: int) -> Tensor:
-        """Return the weights of rows [first, last)."""
-        out = torch.empty(last - first, table.shape[1], dtype=table.dtype)
-        for shard in table.shards:
-            ids, places = shard.rows.within(first, last)
-            for piece in shard.tensors[WEIGHT]:
-                within = places - piece.first_row
-                here = (within >= 0) & (within < piece.num_rows)
-                if here.any():
-                    self._tensor(shard, piece, WEIGHT)
-                    tensor = self._files[piece.file].get_tensor(piece.key)  # mapped: what is not indexed is not read
-                    out[compact(ids[here] - first), slice(*shard.columns)] = tensor[compact(within[here])]
-        return out
-
-    def _wanted(self, module: ShardedEmbeddingBag) -> Iterator[tuple[_Table, Holding, list[str]]]:
-        for holding in holdings(module):
-            table = self.table(module.tables[holding.shard.table].name)
-            yield table, holding, list(holding.slots) if self._fits(table, module.shards.rule) else [WEIGHT]
-
-    def _fits(self, table: _Table, rule: SparseOptimizer) -> bool:
-        """Tell whether the table's state is that of `rule`."""
-        same = self._optimizer == type(rule).__name__ and self._per_weight == {WEIGHT: True, **rule.slots}
-        return same and all(shard.steps is not None for shard in table.shards)
-
-    def _tensor(self, shard: _Saved, piece: _Piece, slot: str) -> Any:
-        """Return a tensor of a file, of which nothing is read before it is sliced."""
-        path = self._folder / piece.file
-        try:
-            if piece.file not in self._files:
-                self._files[piece.file] = safe_open(path, framework="pt")
-            generation = (self._files[piece.file].metadata() or {}).get("generation")
-            tensor = self._files[piece.file].get_slice(piece.key)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{path} is missing; give the whole folder, on a file system that all hosts see"
-            ) from error
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); is it whole?") from error
-        width = [shard.columns[1] - shard.columns[0]] if self._per_weight[slot] else []
-        if generation != self.generation or tensor.get_shape() != [piece.num_rows, *width]:
-            raise CheckpointError(f"{path} is not the file that was saved under this name; use another checkpoint")
-        return tensor
-
-
-def _needed(table: _Table, holding: Holding, slot: str) -> Iterator[tuple[_Saved, _Piece]]:
-    """Iterate over the pieces that may have rows and columns of `holding`."""
-    ours, columns = holding.shard.rows, holding.shard.columns
-    for shard in table.shards:
-        if max(columns[0], shard.columns[0]) >= min(columns[1], shard.columns[1]):
-            continue
-        for piece in shard.tensors[slot]:
-            if isinstance(ours, RowRange) and isinstance(shard.rows, RowRange):
-                start = shard.rows.start + piece.first_row
-                if max(start, ours.start) >= min(start + piece.num_rows, ours.stop):
-                    continue
-            yield shard, piece
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"there is no checkpoint {path}; check the folder, on every host") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from error
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} is no index of {FORMAT}, version {VERSION}; save with embedding.files.save")
-    return content
-
-
-def _table_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> _Table:
-    rows, dim = int(entry["num_embeddings"]), int(entry["embedding_dim"])
-    dtype: torch.dtype = getattr(torch, entry["shards"][0]["dtype"])
-    shards = [_saved_of(each, slots) for each in entry["shards"]]
-    if sum(each.rows.num_rows * (each.columns[1] - each.columns[0]) for each in shards) != rows * dim:
-        raise ValueError(f"shards of {entry['name']!r} are not the whole table")
-    return _Table(str(entry["name"]), (rows, dim), dtype, shards)
-
-
-def _saved_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> _Saved:
-    rows = RowHash(**entry["rows"]) if "parts" in entry["rows"] else RowRange(**entry["rows"])
-    start, stop = entry["columns"]
-    saved = _Saved(rows, (start, stop), entry["steps"], {})
-    for slot in slots if saved.steps is not None else [WEIGHT]:
-        pieces = saved.tensors[slot] = [_Piece(**each) for each in entry["tensors"][slot]]
-        ends = [0, *itertools.accumulate(piece.num_rows for piece in pieces)]
-        if [*(piece.first_row for piece in pieces), rows.num_rows] != ends:
-            raise ValueError(f"rows of {slot!r} are missing")
-        if foreign := [piece.file for piece in pieces if not OURS.fullmatch(piece.file)]:
-            raise ValueError(f"{foreign[0]!r} is no file of a checkpoint")
-    return saved

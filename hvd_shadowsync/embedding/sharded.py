@@ -24,6 +24,7 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding import kernels, whole
 from hvd_shadowsync.embedding.exchange import Exchange
+from hvd_shadowsync.embedding.holding import BLOCK_ROWS
 from hvd_shadowsync.embedding.inputs import Batch, read_batch
 from hvd_shadowsync.embedding.layout import Layout
 from hvd_shadowsync.embedding.meeting import Meetings
@@ -237,7 +238,7 @@ class ShardedEmbeddingBag(nn.Module):
             self._comm.free()
 
     def global_state_dict(
-        self, *, block_rows: int = whole.BLOCK_ROWS, state: bool = True, root: int | None = None
+        self, *, block_rows: int = BLOCK_ROWS, state: bool = True, root: int | None = None
     ) -> Iterator[Block]:
         """Iterate over whole tables in blocks of rows, none ever whole on a rank; see `whole.global_state_dict`."""
         return whole.global_state_dict(self, block_rows=block_rows, state=state, root=root)

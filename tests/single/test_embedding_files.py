@@ -29,6 +29,7 @@ from hvd_shadowsync.embedding import (
     files,
     whole,
 )
+from hvd_shadowsync.embedding import saved as saved_module
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.whole import Block
 from hvd_shadowsync.errors import CheckpointError, EmbeddingError, ShadowSyncError
@@ -408,7 +409,7 @@ def test_four_ranks_to_one_two_and_three(rule: SparseOptimizer, tmp_path: Path) 
 @by_rule
 @pytest.mark.parametrize("rows", [1, 4, 1 << 16])
 def test_another_plan(rule: SparseOptimizer, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(saved_module, "BLOCK_ROWS", rows)
     monkeypatch.setattr(files, "FILE_BYTES", 200)
     expected = saved(tmp_path, 3, rule)
     found = loaded(tmp_path, 2, rule, OTHERWISE)

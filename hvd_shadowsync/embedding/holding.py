@@ -1,0 +1,131 @@
+"""What a rank holds of the tables, for those that move whole tables: streams of blocks, and files."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.embedding.meeting import Meetings
+from hvd_shadowsync.embedding.optimizers import Adagrad, RowWiseAdagrad, SparseOptimizer
+from hvd_shadowsync.embedding.placement import Plan, RowHash, RowRange, Shard
+from hvd_shadowsync.embedding.shards import Shards
+from hvd_shadowsync.embedding.tables import EmbeddingTable
+
+WEIGHT = "weight"
+BLOCK_ROWS = 1 << 16
+
+
+class Sharded(Protocol):
+    """What is asked of a `ShardedEmbeddingBag`."""
+
+    tables: tuple[EmbeddingTable, ...]
+    plan: Plan
+    shards: Shards
+    replicated: nn.Module
+    _comm: Communicator
+    _dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+
+    @property
+    def meetings(self) -> Meetings:
+        """Where all ranks say what they are about."""
+
+    def join(self) -> None:
+        """Serve others."""
+
+    def wait(self) -> None:
+        """Wait until all that was begun is done."""
+
+    def _require_open(self, call: str) -> None: ...
+
+
+class Holding(NamedTuple):
+    """What a rank has of one table.
+
+    Attributes:
+        shard: which rows and columns; a replicated table is one shard.
+        slots: "weight" and the slots of the optimizer, [rows, dim] or [rows]; the live tensors.
+        steps: [1] int64; None for a replicated table, whose state the dense optimizer has.
+    """
+
+    shard: Shard
+    slots: dict[str, Tensor]
+    steps: Tensor | None
+
+
+def holdings(module: Sharded) -> list[Holding]:
+    """Return what this rank holds, replicated tables last."""
+    found = []
+    for index, shard in enumerate(module.shards.owned):
+        weight, state, steps = module.shards[index]
+        found.append(Holding(shard, {WEIGHT: weight, **state}, steps))
+    for index in module.plan.replicated:
+        weight = getattr(module.replicated, module.tables[index].name).detach()
+        found.append(Holding(everything(module.tables[index], index, module.rank), {WEIGHT: weight}, None))
+    return found
+
+
+def everything(table: EmbeddingTable, index: int, rank: int) -> Shard:
+    """Return the shard that is a whole table."""
+    return Shard(index, rank, RowRange(0, table.num_embeddings), (0, table.embedding_dim))
+
+
+def reset_state(holding: Holding, rule: SparseOptimizer) -> None:
+    """Give the optimizer's state its initial value."""
+    start = rule.initial_accumulator if isinstance(rule, (Adagrad, RowWiseAdagrad)) else 0.0
+    for slot in rule.slots.keys() & holding.slots.keys():
+        holding.slots[slot].fill_(start)
+    if holding.steps is not None:
+        holding.steps.zero_()
+
+
+def shared_rows(theirs: RowRange | RowHash, first: int, last: int, ours: RowRange | RowHash) -> tuple[Tensor, Tensor]:
+    """Return which rows [first, last) of the part `theirs` are in the part `ours` as well, and where there, int64."""
+    if isinstance(theirs, RowRange):
+        ids, places = ours.within(theirs.start + first, theirs.start + last)
+        return ids - theirs.start, places
+    rows = torch.arange(first, last)
+    hashes = rows * theirs.parts + theirs.part
+    if isinstance(ours, RowHash):
+        mine = hashes % ours.parts == ours.part
+        return rows[mine], hashes[mine] // ours.parts
+    ids = hashes * pow(theirs.multiplier, -1, theirs.num_embeddings) % theirs.num_embeddings
+    mine = (ids >= ours.start) & (ids < ours.stop)
+    return rows[mine], ids[mine] - ours.start
+
+
+def put(holding: Holding, slot: str, places: Tensor, values: Tensor, columns: tuple[int, int]) -> None:
+    """Write `values` of the table's `columns`, [n, columns] or [n], into the rows `places` of `holding`.
+
+    Values per row are weighted by their share of the shard's columns, and added up: they begin as zeros.
+    """
+    start, stop = holding.shard.columns
+    low, high = max(start, columns[0]), min(stop, columns[1])
+    if low >= high:
+        return
+    target, index = holding.slots[slot], compact(places)
+    values = values.to(target.device, target.dtype)
+    if target.dim() == 2:
+        target[index, low - start : high - start] = values[:, low - columns[0] : high - columns[0]]
+    elif (low, high) == (start, stop):
+        target[index] = values
+    else:
+        target[index] += values * ((high - low) / (stop - start))
+
+
+def compact(index: Tensor) -> Tensor | slice:
+    """Return `index` as a slice where its rows are consecutive: then rows are moved without being looked up."""
+    first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
+    if last - first + 1 == len(index) and torch.equal(index, torch.arange(first, last + 1)):
+        return slice(first, last + 1)
+    return index

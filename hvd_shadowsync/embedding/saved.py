@@ -1,0 +1,229 @@
+"""A checkpoint of sharded embeddings as it lies on disk: its index, and its files as far as they are needed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hvd_shadowsync.embedding.holding import (
+    BLOCK_ROWS,
+    WEIGHT,
+    Holding,
+    Sharded,
+    compact,
+    holdings,
+    put,
+    reset_state,
+    shared_rows,
+)
+from hvd_shadowsync.embedding.optimizers import SparseOptimizer
+from hvd_shadowsync.embedding.placement import RowHash, RowRange
+from hvd_shadowsync.errors import CheckpointError
+
+INDEX = "index.json"
+FORMAT, VERSION = "hvd_shadowsync.embedding", 1
+OURS = re.compile(r"\.?rows-([0-9a-f]{12})-\d+-\d+\.safetensors(\.tmp)?")
+
+
+class SavedPiece(NamedTuple):
+    """Consecutive rows of a shard, in one tensor of a file."""
+
+    file: str
+    key: str
+    first_row: int
+    num_rows: int
+
+
+class SavedShard(NamedTuple):
+    """What one rank had of a table; `steps` is None where that has no optimizer state."""
+
+    rows: RowRange | RowHash
+    columns: tuple[int, int]
+    steps: int | None
+    tensors: dict[str, list[SavedPiece]]
+
+
+class SavedTable(NamedTuple):
+    """What the index says of a table."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    shards: list[SavedShard]
+
+
+class Saved:
+    """One checkpoint.
+
+    Raises:
+        CheckpointError: its index is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        content = _read_index(folder / INDEX)
+        try:
+            self.generation = str(content["generation"])
+            self._optimizer = str(content["optimizer"]["name"])
+            self._per_weight = {WEIGHT: True, **content["optimizer"]["slots"]}
+            tables = [_table_of(each, self._per_weight) for each in content["tables"]]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{folder / INDEX} is damaged ({what}); use another checkpoint") from error
+        self._tables = {table.name: table for table in tables}
+
+    def table(self, name: str) -> SavedTable:
+        """Return a table by name."""
+        if name not in self._tables:
+            raise CheckpointError(f"{self._folder} has no table {name!r}; it has {', '.join(self._tables)}")
+        return self._tables[name]
+
+    def examined(self, module: Sharded) -> Saved:
+        """Return this reader if it has all that `module` needs."""
+        for each in module.tables:
+            found, wanted = self.table(each.name).shape, (each.num_embeddings, each.embedding_dim)
+            if found != wanted:
+                raise CheckpointError(
+                    f"table {each.name!r} is {wanted}, {found} in {self._folder}; make it of that size"
+                )
+        if unknown := self._tables.keys() - {each.name for each in module.tables}:
+            raise CheckpointError(f"{self._folder} has table {min(unknown)!r}, which is none here; make it as well")
+        for table, holding, slots in self._wanted(module):
+            for slot in slots:
+                self.examine(table, holding, slot)
+        return self
+
+    def fill_all(self, module: Sharded) -> None:
+        """Read all that this rank holds."""
+        for table, holding, slots in self._wanted(module):
+            for slot in slots:
+                self.fill(table, holding, slot)
+            if not self._fits(table, module.shards.rule):
+                reset_state(holding, module.shards.rule)
+            elif holding.steps is not None:
+                holding.steps.fill_(max(shard.steps or 0 for shard in table.shards))
+
+    def without_state(self, module: Sharded) -> list[str]:
+        """Return the names of the tables that need state which is not there."""
+        rule, divided = module.shards.rule, {shard.table for shard in module.plan.shards}
+        names = [module.tables[index].name for index in sorted(divided) if rule.slots]
+        return [name for name in names if not self._fits(self.table(name), rule)]
+
+    def examine(self, table: SavedTable, holding: Holding, slot: str) -> None:
+        """Look at the heads of the files that `fill` reads."""
+        for shard, piece in _needed(table, holding, slot):
+            self._tensor(shard, piece, slot)
+
+    def fill(self, table: SavedTable, holding: Holding, slot: str) -> None:
+        """Read one slot of `holding`, block by block."""
+        if holding.slots[slot].dim() == 1:
+            holding.slots[slot].zero_()
+        for shard, piece in _needed(table, holding, slot):
+            tensor, end = self._tensor(shard, piece, slot), piece.first_row + piece.num_rows
+            for first in range(piece.first_row, end, BLOCK_ROWS):
+                theirs, ours = shared_rows(shard.rows, first, min(first + BLOCK_ROWS, end), holding.shard.rows)
+                if len(theirs):
+                    low, high = int(theirs[0]), int(theirs[-1]) + 1
+                    values = tensor[low - piece.first_row : high - piece.first_row]
+                    put(holding, slot, ours, values[compact(theirs - low)], shard.columns)
+
+    def rows(self, table: SavedTable, first: int, last: int) -> Tensor:
+        """Return the weights of rows [first, last)."""
+        out = torch.empty(last - first, table.shape[1], dtype=table.dtype)
+        for shard in table.shards:
+            ids, places = shard.rows.within(first, last)
+            for piece in shard.tensors[WEIGHT]:
+                within = places - piece.first_row
+                here = (within >= 0) & (within < piece.num_rows)
+                if here.any():
+                    self._tensor(shard, piece, WEIGHT)
+                    tensor = self._files[piece.file].get_tensor(piece.key)  # mapped: what is not indexed is not read
+                    out[compact(ids[here] - first), slice(*shard.columns)] = tensor[compact(within[here])]
+        return out
+
+    def _wanted(self, module: Sharded) -> Iterator[tuple[SavedTable, Holding, list[str]]]:
+        for holding in holdings(module):
+            table = self.table(module.tables[holding.shard.table].name)
+            yield table, holding, list(holding.slots) if self._fits(table, module.shards.rule) else [WEIGHT]
+
+    def _fits(self, table: SavedTable, rule: SparseOptimizer) -> bool:
+        """Tell whether the table's state is that of `rule`."""
+        same = self._optimizer == type(rule).__name__ and self._per_weight == {WEIGHT: True, **rule.slots}
+        return same and all(shard.steps is not None for shard in table.shards)
+
+    def _tensor(self, shard: SavedShard, piece: SavedPiece, slot: str) -> Any:
+        """Return a tensor of a file, of which nothing is read before it is sliced."""
+        path = self._folder / piece.file
+        try:
+            if piece.file not in self._files:
+                self._files[piece.file] = safe_open(path, framework="pt")
+            generation = (self._files[piece.file].metadata() or {}).get("generation")
+            tensor = self._files[piece.file].get_slice(piece.key)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} is missing; give the whole folder, on a file system that all hosts see"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); is it whole?") from error
+        width = [shard.columns[1] - shard.columns[0]] if self._per_weight[slot] else []
+        if generation != self.generation or tensor.get_shape() != [piece.num_rows, *width]:
+            raise CheckpointError(f"{path} is not the file that was saved under this name; use another checkpoint")
+        return tensor
+
+
+def _needed(table: SavedTable, holding: Holding, slot: str) -> Iterator[tuple[SavedShard, SavedPiece]]:
+    """Iterate over the pieces that may have rows and columns of `holding`."""
+    ours, columns = holding.shard.rows, holding.shard.columns
+    for shard in table.shards:
+        if max(columns[0], shard.columns[0]) >= min(columns[1], shard.columns[1]):
+            continue
+        for piece in shard.tensors[slot]:
+            if isinstance(ours, RowRange) and isinstance(shard.rows, RowRange):
+                start = shard.rows.start + piece.first_row
+                if max(start, ours.start) >= min(start + piece.num_rows, ours.stop):
+                    continue
+            yield shard, piece
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"there is no checkpoint {path}; check the folder, on every host") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from error
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        raise CheckpointError(f"{path} is no index of {FORMAT}, version {VERSION}; save with embedding.files.save")
+    return content
+
+
+def _table_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> SavedTable:
+    rows, dim = int(entry["num_embeddings"]), int(entry["embedding_dim"])
+    dtype: torch.dtype = getattr(torch, entry["shards"][0]["dtype"])
+    shards = [_saved_of(each, slots) for each in entry["shards"]]
+    if sum(each.rows.num_rows * (each.columns[1] - each.columns[0]) for each in shards) != rows * dim:
+        raise ValueError(f"shards of {entry['name']!r} are not the whole table")
+    return SavedTable(str(entry["name"]), (rows, dim), dtype, shards)
+
+
+def _saved_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> SavedShard:
+    rows = RowHash(**entry["rows"]) if "parts" in entry["rows"] else RowRange(**entry["rows"])
+    start, stop = entry["columns"]
+    saved = SavedShard(rows, (start, stop), entry["steps"], {})
+    for slot in slots if saved.steps is not None else [WEIGHT]:
+        pieces = saved.tensors[slot] = [SavedPiece(**each) for each in entry["tensors"][slot]]
+        ends = [0, *itertools.accumulate(piece.num_rows for piece in pieces)]
+        if [*(piece.first_row for piece in pieces), rows.num_rows] != ends:
+            raise ValueError(f"rows of {slot!r} are missing")
+        if foreign := [piece.file for piece in pieces if not OURS.fullmatch(piece.file)]:
+            raise ValueError(f"{foreign[0]!r} is no file of a checkpoint")
+    return saved
