@@ -40,7 +40,7 @@ class Exchange:
         share_memory: bool,
         debug: bool,
     ) -> None:
-        self._comm, self._router = comm, router
+        self._comm, self._router, self._poller = comm, router, poller
         self._wire_dtype, self._sum_gradients = wire_dtype, sum_gradients
         self.meetings = Meetings(comm, poller, debug=debug)
         self.traffic = Traffic()
@@ -142,8 +142,19 @@ class Exchange:
             self._update(lookup, lookup.out, 0, words)
 
     def _update(self, lookup: Lookup, gradient: Tensor, exponent: int, words: list[Word]) -> None:
+        updating = [rank for rank, word in enumerate(words) if takes_part(word, words)]
+        if len(updating) < self._comm.size:
+            self._take_settings_of(updating[0])
         self._carrier_of(lookup).update(lookup, gradient, exponent, words)
         self.traffic.updates += 1
+
+    def _take_settings_of(self, rank: int) -> None:
+        """Let ranks that have no batches update their rows as those do that have (collective)."""
+        shards = self._router.shards
+        mine = torch.tensor([shards.rule.settings], dtype=torch.float64)
+        everyone = mine.new_empty(self._comm.size, mine.shape[1])
+        self._poller.wait([self._comm.iallgather(mine, everyone)])
+        shards.rule = shards.rule.with_settings(everyone[rank].tolist())
 
     def _carrier_of(self, lookup: Lookup) -> Carrier:
         return self._host if lookup.staged and self._host is not None else self._messages

@@ -222,7 +222,10 @@ def _whole(path: Path) -> Iterator[Path]:
     """Give the name to write under; what was written is on disk as `path` at the end of a block that did not fail."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that nobody else can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

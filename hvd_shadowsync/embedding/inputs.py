@@ -106,7 +106,8 @@ def read_batch(
     if len(counts) > 1:
         sizes = ", ".join(f"{f.name}: {b.num_bags}" for f, b in zip(features, bags, strict=True))
         raise ValueError(
-            f"the features have different numbers of samples ({sizes[:200]}); give one bag a sample to each"
+            f"the features have different numbers of samples ({sizes[:200]}); give one bag a sample to each "
+            "(offsets that end with the number of ids need include_last_offset=True)"
         )
     return Batch(bags, counts.pop(), learned)
 

@@ -103,7 +103,8 @@ class Meetings:
             EmbeddingError: ranks are in different calls, or one of them fails; raised on every rank.
         """
         self.held += 1
-        fingerprint = zlib.crc32(f"{always} {what if self.debug else ''}".encode())
+        described = f"{always} {what if self.debug else ''}".strip()
+        fingerprint = zlib.crc32(described.encode())
         word = [int(call), self.held, about, samples, 0, exponent, fingerprint, int(trails), way]
         self._out[:] = torch.tensor(word)
         if sizes:
@@ -112,7 +113,7 @@ class Meetings:
         words = [Word(*each) for each in self._in.tolist()]
         if any(each.call == Call.FAIL for each in words):
             return words
-        self._require_one_call(words)
+        self._require_one_call(words, described)
         return words
 
     def fail(self, message: str) -> NoReturn:
@@ -125,17 +126,21 @@ class Meetings:
         failed = [rank for rank, word in enumerate(words) if word.call == Call.FAIL]
         if not failed:
             return
+        said = self._said_by_all(message)
+        where = f"rank {failed[0]}: " if self._comm.size > 1 else ""
+        more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+        raise EmbeddingError(f"{where}{said[failed[0]]}{more}")
+
+    def _said_by_all(self, message: str) -> list[str]:
+        """Return every rank's message (collective)."""
         text = message.encode()[:TEXT_BYTES]
         out = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
         out[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
         everyone = torch.empty(self._comm.size, TEXT_BYTES, dtype=torch.uint8)
         self._poller.wait([self._comm.iallgather(out, everyone)])
-        said = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone]
-        where = f"rank {failed[0]}: " if self._comm.size > 1 else ""
-        more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
-        raise EmbeddingError(f"{where}{said[failed[0]]}{more}")
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone]
 
-    def _require_one_call(self, words: Sequence[Word]) -> None:
+    def _require_one_call(self, words: Sequence[Word], described: str) -> None:
         taking_part = [(rank, word) for rank, word in enumerate(words) if takes_part(word, words)]
         if not taking_part:
             return
@@ -150,9 +155,10 @@ class Meetings:
             if word.about != first.about:
                 raise EmbeddingError(self._about(first_rank, first, rank, word))
             if word.fingerprint != first.fingerprint:
+                said = self._said_by_all(described)
                 raise EmbeddingError(
                     f"rank {first_rank} and rank {rank} make different calls: meeting {word.number}, "
-                    f"{NAMES[Call(word.call)]}, with another dtype, learning rate, features or weights; make them alike"
+                    f"{NAMES[Call(word.call)]}, of {said[first_rank]!r} and of {said[rank]!r}; make them alike"
                 )
         if self.debug and len({word.number for word in words}) > 1:
             raise EmbeddingError(f"the ranks are in different meetings: {[word.number for word in words]}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any, ClassVar
 
 from hvd_shadowsync.checks import check_interval
 
@@ -16,7 +17,7 @@ class SparseOptimizer:
     """The rule for rows that a step touched, each once with its total gradient; other rows and their state stay.
 
     Attributes:
-        lr: learning rate, at least 0; `ShardedEmbeddingBag.set_lr` changes it while training.
+        lr: learning rate, at least 0; a scheduler of `ShardedEmbeddingBag.fused_optimizer` changes it while training.
         slots: names of the row state, each with whether it has one value per weight (or one per row).
     """
 
@@ -31,6 +32,20 @@ class SparseOptimizer:
         """State values of a row: (so many per weight, so many per row)."""
         per_weight = sum(self.slots.values())
         return per_weight, len(self.slots) - per_weight
+
+    @property
+    def settings(self) -> list[float]:
+        """All settings as numbers, equally many for all of a kind."""
+        return [value for each in astuple(self) for value in (each if isinstance(each, tuple) else (each,))]
+
+    def with_settings(self, settings: Sequence[float]) -> SparseOptimizer:
+        """Return the same kind with other `settings`."""
+        rest = iter(settings)
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            own = getattr(self, field.name)
+            found[field.name] = tuple(next(rest) for _ in own) if isinstance(own, tuple) else next(rest)
+        return replace(self, **found)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from statistics import fmean, median
+from statistics import fmean
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -59,7 +59,8 @@ def profile(
             stay in the caches from step to step and times come out low.
         optimizer: what rows are updated with.
         kernel: as for `ShardedEmbeddingBag`; default "auto".
-        repeats: times that each batch is timed, after one round that is not; the median counts. Default 5.
+        repeats: times that each batch is timed, after one round that is not; the fastest counts, since others may use
+            the machine. Default 5.
         sample_rows: rows of the largest stand-in; default about a million, a prime. With a power of two, ids that are
             multiples of another would fall on few rows.
         dtype: of the rows, torch.float32 (default) or torch.float64.
@@ -223,12 +224,12 @@ def _stand_ins(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tens
 
 
 def _timed(kernel: Kernel, rule: SparseOptimizer, work: list[list[_Work]], repeats: int) -> list[float]:
-    """Return microseconds of each table in a step: over repeats the median, over batches the mean."""
+    """Return microseconds of each table in a step: over repeats the fastest, over batches the mean."""
     rounds = [
         [_step_us(kernel, rule, number * len(work) + at + 1, step) for at, step in enumerate(work)]
         for number in range(1 + repeats)
     ]  # [rounds][steps][tables]
-    by_step = [[median(times) for times in zip(*step, strict=True)] for step in zip(*rounds[1:], strict=True)]
+    by_step = [[min(times) for times in zip(*step, strict=True)] for step in zip(*rounds[1:], strict=True)]
     return [fmean(times) for times in zip(*by_step, strict=True)]
 
 

@@ -122,7 +122,7 @@ class ShardedEmbeddingBag(nn.Module):
         self.tables = check_tables(tables)
         if not isinstance(optimizer, SparseOptimizer) or type(optimizer) is SparseOptimizer:
             raise TypeError(
-                f"optimizer={optimizer!r} is no optimizer of rows; give "
+                f"optimizer={_named(optimizer)} is no optimizer of rows; give "
                 "hvd_shadowsync.embedding.RowWiseAdagrad(lr=0.01), or SGD, Adagrad, Adam of the same module"
             )
         self._mode = choice("mode", mode, MODES)
@@ -162,8 +162,12 @@ class ShardedEmbeddingBag(nn.Module):
         self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
         _OPEN[self._number] = self
         self.register_state_dict_pre_hook(_wait_before_state)  # type: ignore[no-untyped-call]
-        if self._comm.spans_processes and self._comm.size > 1:
+        self._release: Callable[[], object] = self._comm.free
+        if self._comm.spans_processes and self.size > 1:
             atexit.register(self._close_at_exit)
+        elif self._comm.spans_processes:  # MPI wants it back though there is nobody to close with
+            self._release = weakref.finalize(self, self._comm.free)
+            atexit.register(self._release)
 
     @property
     def rank(self) -> int:
@@ -235,7 +239,7 @@ class ShardedEmbeddingBag(nn.Module):
             finally:
                 self._worker.stop()
             self._exchange.free()
-            self._comm.free()
+            self._release()
 
     def global_state_dict(
         self, *, block_rows: int = BLOCK_ROWS, state: bool = True, root: int | None = None
@@ -436,6 +440,10 @@ class _Exchanged(torch.autograd.Function):
         lookup, ctx.lookup = ctx.lookup, None
         found = ctx.module._backward(lookup, gradient)
         return (None, None, None, None, *(found[index] for index in ctx.order))
+
+
+def _named(optimizer: Any) -> str:
+    return f"{type(optimizer).__name__}(...)" if isinstance(optimizer, torch.optim.Optimizer) else repr(optimizer)
 
 
 def _require_usable_name(name: str) -> None:

@@ -37,6 +37,13 @@ def test_horovod_finalises_mpi_after_the_last_call_of_ours(tmp_path: Path) -> No
     assert [each["rank"] for each in outcome.events("through")] == [0, 1]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tables_that_nobody_closes_are_closed_before_mpi_is_finalised(ranks: int, tmp_path: Path) -> None:
+    outcome = run_case(horovodrun(ranks), tmp_path, "forgotten").require_success()
+    assert len(outcome.events("through")) == ranks
+    assert "MPI is finalised" not in outcome.text
+
+
 def test_a_gloo_launch_is_refused_on_every_rank(tmp_path: Path) -> None:
     outcome = run_case([find_horovodrun(find_mpi()), "-np", "2", "--gloo"], tmp_path, "gloo")
     assert not outcome.verdict, outcome.verdict

@@ -23,6 +23,7 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import (
     SGD,
     Adagrad,
+    Adam,
     EmbeddingTable,
     Jagged,
     Padded,
@@ -355,7 +356,8 @@ def test_another_learning_rate_on_one_rank() -> None:
         module.fused_optimizer.param_groups[0]["lr"] = 0.1 + module.rank
         vectors.sum().backward()
 
-    assert all("another dtype, learning rate" in str(each) for each in on_two(use))
+    rates = "of 'torch.float32 SGD(lr=0.1)' and of 'torch.float32 SGD(lr=1.1)'; make them alike"
+    assert all(rates in str(each) for each in on_two(use))
 
     def negative(module: ShardedEmbeddingBag) -> None:
         vectors = module(IDS)
@@ -453,6 +455,22 @@ def test_prefetch_of_depth_0_changes_no_bit(steps: tuple[int, ...]) -> None:
             torch.equal(a, b) for x, y in zip(plain[0], ahead[0], strict=True) for a, b in zip(x, y, strict=True)
         )
         assert all(torch.equal(plain[1][name], ahead[1][name]) for name in plain[1])
+
+
+@pytest.mark.parametrize("rule", [SGD(1.0), Adagrad(1.0), Adam(1.0)])
+def test_rows_of_a_rank_without_data_move_at_the_rate_of_the_others(rule: SparseOptimizer) -> None:
+    def program(comm: Communicator) -> Tensor:
+        module = ShardedEmbeddingBag([EmbeddingTable("a", 10, 4)], {"a": "row-wise"}, rule, communicator=comm)
+        before = whole_tables(comm, module)["a"]
+        schedule = torch.optim.lr_scheduler.StepLR(module.fused_optimizer, 1, 0.1)
+        for _ in range(1 if comm.rank else 3):
+            module({"a": torch.arange(10)}).sum().backward()
+            schedule.step()
+        module.join()
+        return rows_after(comm, module)["a"] - before
+
+    for moved in on_ranks(2, program):
+        assert torch.allclose(moved, moved[:1].expand(10, -1), rtol=1e-4)
 
 
 def stale_reference(depth: int, world: int, steps: tuple[int, ...]) -> tuple[list[list[Tensor]], dict[str, Tensor]]:

@@ -422,6 +422,12 @@ def test_another_plan(rule: SparseOptimizer, rows: int, tmp_path: Path, monkeypa
     assert same(found, expected, but=unlike)
 
 
+def test_whoever_may_read_one_file_may_read_all(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    (tmp_path / "any").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_columns_that_come_together_have_the_mean_of_their_sums(tmp_path: Path) -> None:
     expected = saved(tmp_path, 4)["columns", "sum"]
     found = loaded(tmp_path, 2)["columns", "sum"]

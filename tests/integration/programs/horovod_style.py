@@ -179,6 +179,18 @@ def hasty(_: str) -> None:
     ranks.say("through", "hasty")
 
 
+def forgotten(_: str) -> None:
+    """Tables that nobody closes; Horovod finalises MPI at exit."""
+    import hvd_shadowsync.torch as hvd
+    from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
+
+    hvd.init()
+    for _ in range(2):
+        tables = ShardedEmbeddingBag([EmbeddingTable("a", 10, 4)], optimizer=SGD(0.1))
+        tables({"a": torch.arange(10)}).sum().backward()
+    ranks.say("through", "forgotten")
+
+
 def gloo(_: str) -> None:
     """Started over Gloo, where there is no MPI job."""
     import hvd_shadowsync.torch as hvd
