@@ -6,14 +6,15 @@ however a process ends.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 MARK_BYTES = 64
 
@@ -54,8 +55,8 @@ class AnonymousFile:
         os.close(self._descriptor)
 
 
-def attach(address: Address) -> mmap.mmap:
-    """Return the memory at `address`, without its mark.
+def attach(address: Address) -> Tensor:
+    """Return the memory at `address`, without its mark, uint8; it takes no descriptor.
 
     Raises:
         OSError: it is not there: another host, another container, another user.
@@ -63,10 +64,11 @@ def attach(address: Address) -> mmap.mmap:
     with _opened(f"/proc/{address.pid}/fd/{address.descriptor}") as descriptor:
         if os.pread(descriptor, len(address.mark), address.num_bytes) != address.mark:
             raise OSError(f"process {address.pid} is another one here")
-        memory = mmap.mmap(descriptor, address.num_bytes)
-    with contextlib.suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+        path = f"/proc/self/fd/{descriptor}"
+        try:
+            return torch.from_file(path, shared=True, size=address.num_bytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(f"{address.num_bytes} bytes cannot be mapped: {error}") from error
 
 
 @contextmanager

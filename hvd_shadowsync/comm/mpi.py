@@ -264,14 +264,14 @@ class MpiCommunicator(Communicator):
         addresses = self.allgather_object(file and file.address)
         try:
             if not failure:
-                segments = [torch.frombuffer(memory.attach(each), dtype=torch.uint8) for each in addresses if each]
+                segments = [memory.attach(each) for each in addresses if each]
         except OSError as error:
             failure = str(error)
         failures = [each for each in self.allgather_object(failure) if each]
         if file is not None:
             file.close()
         if failures:
-            logger.warning("the ranks of this host share no memory (%s): rounds go through messages", failures[0])
+            logger.warning("the ranks of this host share no memory (%s): they send messages instead", failures[0])
         return None if failures else _Segments(segments)
 
     def dup(self) -> Communicator:

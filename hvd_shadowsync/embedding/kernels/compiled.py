@@ -16,16 +16,17 @@ from hvd_shadowsync.embedding.optimizers import SGD, Adagrad, Adam, RowWiseAdagr
 
 LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 RULES = {SGD: 0, RowWiseAdagrad: 1, Adagrad: 2, Adam: 3}
+NO_MEMORY = -2
 ONE = struct.unpack("q", struct.pack("d", 1.0))[0]
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _FUNCTIONS = {
-    "shadow_pool": (None, [_P, _I, _I, _I]),
-    "shadow_scatter": (None, [_P, _I, _I, _I]),
-    "shadow_update": (None, [_P, _I, _P, _P, _I, _I]),
+    "shadow_pool": (_I, [_P, _I, _I, _I]),
+    "shadow_scatter": (_I, [_P, _I, _I, _I]),
+    "shadow_update": (_I, [_P, _I, _P, _P, _I, _I]),
     "shadow_unique": (_I, [_P, _I, _I, _P, _P]),
     "shadow_first_outside": (_I, [_P, _I, _I, _I]),
     "shadow_count_parts": (None, [_P, _I, _I, _P, _P]),
-    "shadow_split": (None, [_P, _I, _P, _I, _P, _P, _P, _P, _P]),
+    "shadow_split": (_I, [_P, _I, _P, _I, _P, _P, _P, _P, _P]),
 }
 
 
@@ -65,7 +66,7 @@ class CompiledKernel(Kernel):
         both = torch.empty(2, ids.numel(), dtype=torch.int32)
         inverse = both[1]
         unique = self._library.shadow_unique
-        count = unique(ids.data_ptr(), _wide(ids), ids.numel(), both.data_ptr(), inverse.data_ptr())
+        count = _done(unique(ids.data_ptr(), _wide(ids), ids.numel(), both.data_ptr(), inverse.data_ptr()))
         return both[0, :count], inverse
 
     def split(self, bags: Bags, division: Division) -> list[Part]:
@@ -79,10 +80,10 @@ class CompiledKernel(Kernel):
         )
         rows, places = torch.empty(num_ids, dtype=torch.int32), torch.empty(num_ids, dtype=torch.int64)
         lengths = torch.empty(division.parts, bags.num_bags, dtype=torch.int32)
-        self._library.shadow_split(
+        _done(self._library.shadow_split(
             bags.ids.data_ptr(), _wide(bags.ids), _pointer(bags.lengths), bags.num_bags, _address(described),
             _address(counts), rows.data_ptr(), lengths.data_ptr(), places.data_ptr(),
-        )  # fmt: skip
+        ))  # fmt: skip
         sizes = counts.tolist()
         return [
             Part(Bags(part, lengths[index], None if bags.weights is None else bags.weights[place]), place)
@@ -95,9 +96,8 @@ class CompiledKernel(Kernel):
         """See `Kernel.pool`."""
         if poolings:
             described = _flat(_described(bags, rows, out, add, ONE) for rows, bags, out, add in poolings)
-            self._library.shadow_pool(
-                _address(described), len(poolings), _is_double(poolings[0].rows), torch.get_num_threads()
-            )
+            is_double = _is_double(poolings[0].rows)
+            _done(self._library.shadow_pool(_address(described), len(poolings), is_double, torch.get_num_threads()))
 
     def scatter(self, scatterings: Sequence[Scattering]) -> None:
         """See `Kernel.scatter`."""
@@ -105,8 +105,9 @@ class CompiledKernel(Kernel):
             each.out.zero_()
         if scatterings:
             described = _flat(_described(bags, out, vectors, 0, ONE) for bags, vectors, out in scatterings)
-            self._library.shadow_scatter(
-                _address(described), len(scatterings), _is_double(scatterings[0].out), torch.get_num_threads()
+            is_double = _is_double(scatterings[0].out)
+            _done(
+                self._library.shadow_scatter(_address(described), len(scatterings), is_double, torch.get_num_threads())
             )
 
     def update(self, rule: SparseOptimizer, step: int, updates: Sequence[Update]) -> None:
@@ -123,10 +124,17 @@ class CompiledKernel(Kernel):
             state = [each.data_ptr() for each in update.state] + [0, 0]
             num_rows, dim = update.rows.shape
             shards.extend([update.rows.data_ptr(), dim, num_rows, *state[:2], first, len(touches) // 12])
-        self._library.shadow_update(
+        _done(self._library.shadow_update(
             _address(shards), len(updates), _address(touches), _rule(rule, step), _is_double(updates[0].rows),
             torch.get_num_threads(),
-        )  # fmt: skip
+        ))  # fmt: skip
+
+
+def _done(result: int) -> int:
+    """Return what a function of the library returned, if it had the memory that it needed."""
+    if result == NO_MEMORY:
+        raise MemoryError("no memory for the lookup or update of rows; give smaller batches")
+    return result
 
 
 def _rule(rule: SparseOptimizer, step: int) -> ctypes.Array[ctypes.c_char]:
@@ -142,6 +150,8 @@ def _rule(rule: SparseOptimizer, step: int) -> ctypes.Array[ctypes.c_char]:
 
 def _described(bags: Bags, rows: Tensor, vectors: Tensor, add: int, scale_bits: int) -> tuple[int, ...]:
     ids = bags.ids
+    if vectors.dtype is not rows.dtype or (bags.weights is not None and bags.weights.dtype is not rows.dtype):
+        raise TypeError(f"vectors of {vectors.dtype} for rows of {rows.dtype}")
     return (
         rows.data_ptr(), rows.shape[1], ids.data_ptr(), _wide(ids), _pointer(bags.lengths), _pointer(bags.weights),
         bags.num_bags, ids.numel(), vectors.data_ptr(), vectors.stride(0), add, scale_bits,

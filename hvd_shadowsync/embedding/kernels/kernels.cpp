@@ -1,6 +1,7 @@
 // Look-up, gradient and fused update of embedding rows, for compiled.py, which calls these functions through ctypes.
 //
-// All arrays belong to the caller. A function runs without Python's lock, on up to `threads` threads. The same source is
+// All arrays belong to the caller. A function runs without Python's lock, on up to `threads` threads, and returns a
+// negative number where there is no memory for what it needs. The same source is
 // compiled for several instruction sets; compiled.py loads the best one that the machine has.
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace {
@@ -398,6 +400,31 @@ void count_parts(const I* ids, int64_t num_ids, const Division& division, int64_
   }
 }
 
+constexpr int64_t NO_MEMORY = -2;
+
+template <typename F>
+int64_t guarded(F&& work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+}
+
+// The same for each of `count` tasks, on several threads, over whose ends no exception may go.
+template <typename F>
+int64_t for_all(int64_t count, int64_t threads, F&& task) {
+  int64_t result = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; ++i) {
+    if (guarded([&] { return task(i), int64_t(0); })) {
+#pragma omp atomic write
+      result = NO_MEMORY;
+    }
+  }
+  return result;
+}
+
 constexpr int64_t BLOCK = 256;  // bags that a thread pools at a time
 
 struct Block {
@@ -409,18 +436,21 @@ struct Block {
 
 extern "C" {
 
-void shadow_pool(const Bags* all, int64_t count, int64_t is_double, int64_t threads) {
+int64_t shadow_pool(const Bags* all, int64_t count, int64_t is_double, int64_t threads) {
   std::vector<Block> blocks;
-  for (int64_t s = 0; s < count; ++s) {
-    int64_t at = 0;
-    for (int64_t first = 0; first < all[s].num_bags; first += BLOCK) {
-      const int64_t last = std::min(first + BLOCK, all[s].num_bags);
-      blocks.push_back({&all[s], first, last, at});
-      for (int64_t bag = first; bag < last; ++bag) at += all[s].lengths ? all[s].lengths[bag] : 1;
+  const auto divide = [&] {
+    for (int64_t s = 0; s < count; ++s) {
+      int64_t at = 0;
+      for (int64_t first = 0; first < all[s].num_bags; first += BLOCK) {
+        const int64_t last = std::min(first + BLOCK, all[s].num_bags);
+        blocks.push_back({&all[s], first, last, at});
+        for (int64_t bag = first; bag < last; ++bag) at += all[s].lengths ? all[s].lengths[bag] : 1;
+      }
     }
-  }
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t b = 0; b < int64_t(blocks.size()); ++b) {
+    return int64_t(0);
+  };
+  if (const int64_t failed = guarded(divide)) return failed;
+  return for_all(int64_t(blocks.size()), threads, [&](int64_t b) {
     const Block& block = blocks[b];
     const Bags& bags = *block.bags;
     if (is_double)
@@ -429,33 +459,34 @@ void shadow_pool(const Bags* all, int64_t count, int64_t is_double, int64_t thre
     else
       bags.wide ? pool_any<float, int64_t>(bags, block.first, block.last, block.at)
                 : pool_any<float, int32_t>(bags, block.first, block.last, block.at);
-  }
+  });
 }
 
-void shadow_scatter(const Bags* all, int64_t count, int64_t is_double, int64_t threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t s = 0; s < count; ++s) {
+int64_t shadow_scatter(const Bags* all, int64_t count, int64_t is_double, int64_t threads) {
+  return for_all(count, threads, [&](int64_t s) {
     if (is_double)
       all[s].wide ? scatter_bags<double, int64_t>(all[s]) : scatter_bags<double, int32_t>(all[s]);
     else
       all[s].wide ? scatter_bags<float, int64_t>(all[s]) : scatter_bags<float, int32_t>(all[s]);
-  }
+  });
 }
 
-void shadow_update(const Shard* shards, int64_t count, const Bags* all, const Rule* rule, int64_t is_double, int64_t threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < count * threads; ++task) {
+int64_t shadow_update(const Shard* shards, int64_t count, const Bags* all, const Rule* rule, int64_t is_double,
+                      int64_t threads) {
+  return for_all(count * threads, threads, [&](int64_t task) {
     const Shard& shard = shards[task / threads];
     if (is_double)
       update_any<double>(shard, all, *rule, uint32_t(task % threads), uint32_t(threads));
     else
       update_any<float>(shard, all, *rule, uint32_t(task % threads), uint32_t(threads));
-  }
+  });
 }
 
 int64_t shadow_unique(const void* ids, int64_t wide, int64_t num_ids, int32_t* unique, int32_t* inverse) {
-  return wide ? unique_ids(static_cast<const int64_t*>(ids), num_ids, unique, inverse)
-              : unique_ids(static_cast<const int32_t*>(ids), num_ids, unique, inverse);
+  return guarded([&] {
+    return wide ? unique_ids(static_cast<const int64_t*>(ids), num_ids, unique, inverse)
+                : unique_ids(static_cast<const int32_t*>(ids), num_ids, unique, inverse);
+  });
 }
 
 int64_t shadow_first_outside(const void* ids, int64_t wide, int64_t num_ids, int64_t num_rows) {
@@ -468,9 +499,12 @@ void shadow_count_parts(const void* ids, int64_t wide, int64_t num_ids, const Di
        : count_parts(static_cast<const int32_t*>(ids), num_ids, *division, counts);
 }
 
-void shadow_split(const void* ids, int64_t wide, const int32_t* lengths, int64_t num_bags, const Division* division,
-                  int64_t* counts, int32_t* rows, int32_t* part_lengths, int64_t* places) {
-  wide ? split_ids(static_cast<const int64_t*>(ids), lengths, num_bags, *division, counts, rows, part_lengths, places)
-       : split_ids(static_cast<const int32_t*>(ids), lengths, num_bags, *division, counts, rows, part_lengths, places);
+int64_t shadow_split(const void* ids, int64_t wide, const int32_t* lengths, int64_t num_bags, const Division* division,
+                     int64_t* counts, int32_t* rows, int32_t* part_lengths, int64_t* places) {
+  return guarded([&] {
+    wide ? split_ids(static_cast<const int64_t*>(ids), lengths, num_bags, *division, counts, rows, part_lengths, places)
+         : split_ids(static_cast<const int32_t*>(ids), lengths, num_bags, *division, counts, rows, part_lengths, places);
+    return int64_t(0);
+  });
 }
 }
