@@ -47,8 +47,8 @@ class Carrier(ABC):
     """One way between the ranks; for one thread at a time, `stage` excepted."""
 
     @abstractmethod
-    def offer(self, batch: Batch, dtype: torch.dtype) -> Offer:
-        """Get a batch ready, before the meeting of its lookup."""
+    def offer(self, batch: Batch, dtype: torch.dtype) -> Offer | None:
+        """Get a batch ready, before the meeting of its lookup; None where it has to go another way."""
 
     @abstractmethod
     def look_up(self, lookup: Lookup, offer: Offer | None, words: Sequence[Word], dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,9 @@ from hvd_shadowsync.embedding.messages import Messages
 from hvd_shadowsync.embedding.onehost import OneHost
 from hvd_shadowsync.embedding.routing import Ask, Lookup, Router, Traffic, exponent_of
 from hvd_shadowsync.errors import EmbeddingError
+
+KEPT = 64
+"""Lookups of others that a rank without data remembers, from the last on, until their update."""
 
 
 class Exchange:
@@ -49,6 +53,7 @@ class Exchange:
         self._host = OneHost.of(comm, router, poller, self.traffic, self.meetings) if share else None
         self._shares = self._host is not None
         self._served: dict[int, Lookup] = {}
+        self._begun: weakref.WeakValueDictionary[int, Lookup] = weakref.WeakValueDictionary()
 
     def lookup(self, batch: Batch, *, wants_gradient: bool, dtype: torch.dtype) -> Lookup:
         """Look `batch` up; the vectors are in `Lookup.out`, [samples, width] (collective).
@@ -62,7 +67,7 @@ class Exchange:
         )
         settled = False
         while not settled:
-            offer = carrier.offer(batch, dtype)
+            offer = carrier.offer(batch, dtype) or self._messages.offer(batch, dtype)
             words = self._meet(
                 Call.LOOKUP,
                 offer.sizes,
@@ -76,6 +81,8 @@ class Exchange:
         lookup = self._begin(words, offer.asked, batch, dtype)
         carrier.look_up(lookup, offer, words, dtype)
         self.traffic.lookups += 1
+        if wants_gradient:
+            self._begun[lookup.number] = lookup
         return lookup
 
     def stage(self, lookup: Lookup, gradient: Tensor, *, keep: bool) -> Tensor:
@@ -105,12 +112,15 @@ class Exchange:
         """Take part in what the others do, without a batch, until all are here, or all are closing (collective)."""
         own = Call.CLOSE if closing else Call.JOIN
         while True:
-            words = self._meet(own)
+            words = self._meet(own, about=len(self._begun))
             calls = {Call(word.call) for word in words if takes_part(word, words)}
             if calls:
                 self._serve(calls.pop(), words, dtype)
             elif not closing or all(word.call == Call.CLOSE for word in words):
-                self._served.clear()
+                if closing or not any(
+                    word.about for word in words
+                ):  # no rank will run backward through what it looked up
+                    self._served.clear()
                 return
 
     def free(self) -> None:
@@ -118,8 +128,9 @@ class Exchange:
 
     def leave_unused(self, lookup: Lookup) -> None:
         """Say that `lookup` will have no gradient here; while this rank serves others, it counts as zero."""
+        self._begun.pop(lookup.number, None)
         lookup.out = self.stage(lookup, torch.zeros_like(lookup.out), keep=True)
-        self._served[lookup.number] = lookup
+        self._keep(lookup)
 
     def _serve(self, call: Call, words: list[Word], dtype: torch.dtype) -> None:
         nothing = empty_batch(self._router.layout.features)
@@ -132,11 +143,12 @@ class Exchange:
             carrier.look_up(lookup, None, words, dtype)
             self.traffic.lookups += 1
             if about:
-                self._served[lookup.number] = lookup
+                self._keep(lookup)
         elif call is Call.UPDATE:
             if about not in self._served:
                 raise EmbeddingError(
-                    f"others run backward of lookup {about}, which this rank did not run; join() after it"
+                    f"others run backward of lookup {about}, which this rank did not run (join() after it), or of "
+                    f"which it remembers the last {KEPT} only (look up under torch.no_grad() where no backward follows)"
                 )
             lookup = self._served.pop(about)
             self._update(lookup, lookup.out, 0, words)
@@ -145,8 +157,15 @@ class Exchange:
         updating = [rank for rank, word in enumerate(words) if takes_part(word, words)]
         if len(updating) < self._comm.size:
             self._take_settings_of(updating[0])
+        self._begun.pop(lookup.number, None)
         self._carrier_of(lookup).update(lookup, gradient, exponent, words)
         self.traffic.updates += 1
+
+    def _keep(self, lookup: Lookup) -> None:
+        """Keep a lookup for the update of others that may follow."""
+        self._served[lookup.number] = lookup
+        while len(self._served) > KEPT:
+            del self._served[next(iter(self._served))]
 
     def _take_settings_of(self, rank: int) -> None:
         """Let ranks that have no batches update their rows as those do that have (collective)."""

@@ -210,7 +210,8 @@ class _Writer:
         """Write what is waiting."""
         if self._tensors:
             with _whole(self._folder / self._name()) as temporary:
-                save_file(self._tensors, temporary, metadata={"generation": self._generation})
+                metadata = {"generation": self._generation, "file": self._name()}
+                save_file(self._tensors, temporary, metadata=metadata)
             self._tensors, self._number = {}, self._number + 1
 
     def _name(self) -> str:

@@ -174,7 +174,11 @@ def _from_jagged(keys: Sequence[str], values: Tensor, lengths: Tensor, weights: 
     lengths = lengths.detach().cpu().view(len(keys), -1)
     if len(lengths) and lengths.numel() and int(lengths.min()) < 0:
         raise ValueError(f"lengths has {int(lengths.min())}; give the number of ids of each bag, at least 0")
-    sizes = lengths.sum(1).tolist()
+    if lengths.numel() and int(lengths.max()) > len(values):
+        raise ValueError(
+            f"lengths has {int(lengths.max())} where values has {len(values)} ids; they have to sum to that"
+        )
+    sizes = lengths.sum(1, dtype=torch.int64).tolist()
     if sum(sizes) != len(values):
         raise ValueError(f"lengths sum to {sum(sizes)} where values has {len(values)} ids; they have to be the same")
     if weights is not None and weights.shape != values.shape:
@@ -190,6 +194,9 @@ def _require_ids(name: str, ids: Any) -> None:
     if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} is of {kind}; give a tensor of torch.int64 or torch.int32")
+    if ids.layout is not torch.strided or ids.is_meta:
+        kind = "a meta tensor, without values" if ids.is_meta else f"of {ids.layout}"
+        raise TypeError(f"{name} is {kind}; give an ordinary tensor")
 
 
 def _bags(name: str, given: Any, *, include_last_offset: bool) -> Bags:
@@ -274,14 +281,14 @@ def _lengths(name: str, offsets: Tensor, num_ids: int, include_last_offset: bool
         raise ValueError(f"{what} that begin with {int(starts[0])}; the first has to be 0")
     if num_ids == len(starts) and torch.equal(starts, torch.arange(num_ids, dtype=starts.dtype)):
         return None
-    lengths = ends - starts
-    if len(lengths) and int(lengths.min()) < 0:
-        at = int((lengths < 0).nonzero()[0])
+    back = ends < starts  # differences might overflow
+    if back.any():
+        at = int(back.nonzero()[0])
         raise ValueError(
             f"{what} that go back after bag {at}, from {int(starts[at])} to {int(ends[at])}; they have to grow, "
             f"up to {num_ids}"
         )
-    return lengths.int()
+    return (ends - starts).int()
 
 
 def _check(feature: Feature, bags: Bags, dtype: torch.dtype, kernel: Kernel) -> None:

@@ -49,7 +49,7 @@ class Word(NamedTuple):
         call: see `Call`.
         number: of the meeting, on this rank.
         about: LOOKUP: whether gradients will follow; UPDATE: number of the lookup that it belongs to; GLOBAL: which
-            call it is.
+            call it is; JOIN, CLOSE: lookups of the rank whose updates may follow yet.
         samples: LOOKUP: in the rank's batch.
         trails: UPDATE: whether the rank has no more lookups, so that lookups of others may come first.
         way: LOOKUP: a `carrier.Way`.

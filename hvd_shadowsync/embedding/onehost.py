@@ -23,12 +23,17 @@ from hvd_shadowsync.embedding.kernels.base import Gradient, Pooling
 from hvd_shadowsync.embedding.layout import Piece
 from hvd_shadowsync.embedding.meeting import Meetings, Word
 from hvd_shadowsync.embedding.routing import Lookup, Router, Traffic, pack, unpack
+from hvd_shadowsync.errors import EmbeddingError
 
 LINE = 64
-SPARE = 1.25
+SPARE = 1.5
 """More memory than the present batch needs, for larger ones."""
 KEPT = 8
 """Slots from which on an output is a copy, unless enough others are free: the caller may hold it for long."""
+MOST = 32
+"""Slots, when all of which are held, by outputs or by lookups whose backward is to come, a lookup goes in messages."""
+FAILED = -1
+"""In place of the number of a rank's last lookup."""
 IN_TURN = 2
 """Slots that training takes in turns: while others may be reading one, the next lookup needs another."""
 
@@ -81,13 +86,22 @@ class _Slot:
 
 @dataclass
 class _Reached:
-    """A request that is complete when all ranks have come to lookup `number`."""
+    """A request that is complete when all ranks have come to lookup `number`.
+
+    Raises:
+        EmbeddingError: a rank will never come there.
+    """
 
     counters: list[Tensor]
     number: int
 
     def test(self) -> bool:
-        return all(each.item() >= self.number for each in self.counters)
+        found = [each.item() for each in self.counters]
+        if FAILED in found:
+            raise EmbeddingError(
+                f"rank {found.index(FAILED)} failed while it looked rows up, so that no rank can go on; see its error"
+            )
+        return min(found) >= self.number
 
 
 class OneHost(Carrier):
@@ -124,20 +138,28 @@ class OneHost(Carrier):
         return None if counters is None else cls(comm, router, poller, traffic, meetings, counters)
 
     def grow(self, num_bytes: int) -> bool:
-        """Have one more slot, of at least so many bytes a rank; tell whether there is one now (collective)."""
+        """Have one more slot, of at least so many bytes a rank; tell whether there is one now (collective).
+
+        Smaller ones go, where no rank uses them any more.
+        """
         capacity = int(num_bytes * SPARE)
+        free = [n for n in self._free(0) if self._slots[n].capacity < capacity]
+        unused = set(free).intersection(*self._comm.allgather_object(free))
+        self._slots = [slot for number, slot in enumerate(self._slots) if number not in unused]
         memory = self._comm.share(capacity)
         if memory is not None:
             self._slots.append(_Slot(memory, capacity))
         return memory is not None
 
-    def offer(self, batch: Batch, dtype: torch.dtype) -> Offer:
+    def offer(self, batch: Batch, dtype: torch.dtype) -> Offer | None:
         """See `Carrier.offer`; the size is the number of the slot, or the bytes that it would have to have."""
         asked = self._router.ask(batch, pooled=True)
         messages = [pack(asks) if owner in self._router.others else None for owner, asks in enumerate(asked)]
         head = [batch.num_samples, *(0 if message is None else len(message) for message in messages)]
         place = self._place(head, dtype)
         free = self._free(place.end)
+        if not free and len(self._slots) >= MOST:
+            return None
         if not free:
             return Offer(Way.MORE, [place.end] * self._comm.size, asked)
         number = free[0]
@@ -152,6 +174,14 @@ class OneHost(Carrier):
 
     def look_up(self, lookup: Lookup, offer: Offer | None, words: Sequence[Word], dtype: torch.dtype) -> None:
         """See `Carrier.look_up`."""
+        try:
+            self._look_up(lookup, offer, words, dtype)
+        except BaseException:
+            if all(each.item() != FAILED for each in self._counters):
+                self._counters[self._comm.rank].fill_(FAILED)  # the others wait for it
+            raise
+
+    def _look_up(self, lookup: Lookup, offer: Offer | None, words: Sequence[Word], dtype: torch.dtype) -> None:
         rank, router = self._comm.rank, self._router
         lookup.out = torch.empty(0, router.layout.width, dtype=dtype)
         lookup.staged = [None] * self._comm.size
@@ -168,7 +198,8 @@ class OneHost(Carrier):
                 poolings += self._poolings_for(source, self._slots[word.size], lookup, dtype)
         router.pool(poolings)
         self._fence()
-        self._counters[rank].fill_(lookup.number)
+        if self._counters[rank].item() != FAILED:
+            self._counters[rank].fill_(lookup.number)
         self._poller.wait([_Reached(self._counters, lookup.number)])
         self._fence()
         if offer is not None:

@@ -24,8 +24,8 @@ class LooksAhead(Protocol):
     def drop_ahead(self) -> None:
         """Forget lookups that were begun ahead and not used."""
 
-    def join(self) -> None:
-        """Serve the others from now on."""
+    def join_all(self) -> None:
+        """Serve the others from now on, in this module and all others of its thread."""
 
 
 class Prefetcher(Iterable[T]):
@@ -35,7 +35,8 @@ class Prefetcher(Iterable[T]):
     `depth` updates, on every rank, always; gradients are applied to the rows as they are when they arrive. `depth=0` is
     exact: nothing is looked up ahead.
 
-    Each iteration is a pass over `loader`. When a rank has no more batches it joins (`ShardedEmbeddingBag.join`). After
+    Each iteration is a pass over `loader`. When a rank has no more batches it joins (`ShardedEmbeddingBag.join`),
+    in all modules of its thread. After
     an error in a lookup ahead, on any rank, the module is of no more use: every call raises the same.
 
     Args:
@@ -85,7 +86,7 @@ class Prefetcher(Iterable[T]):
                 yield ahead.popleft()
         finally:
             self.embedding.drop_ahead()
-            self.embedding.join()
+            self.embedding.join_all()
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from hvd_shadowsync.embedding.holding import (
 )
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import RowHash, RowRange
+from hvd_shadowsync.embedding.shards import ROW_DTYPES
 from hvd_shadowsync.errors import CheckpointError
 
 INDEX = "index.json"
@@ -166,7 +167,7 @@ class Saved:
         try:
             if piece.file not in self._files:
                 self._files[piece.file] = safe_open(path, framework="pt")
-            generation = (self._files[piece.file].metadata() or {}).get("generation")
+            metadata = self._files[piece.file].metadata() or {}
             tensor = self._files[piece.file].get_slice(piece.key)
         except FileNotFoundError as error:
             raise CheckpointError(
@@ -175,7 +176,8 @@ class Saved:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); is it whole?") from error
         width = [shard.columns[1] - shard.columns[0]] if self._per_weight[slot] else []
-        if generation != self.generation or tensor.get_shape() != [piece.num_rows, *width]:
+        same = metadata.get("generation") == self.generation and metadata.get("file") == piece.file
+        if not same or tensor.get_shape() != [piece.num_rows, *width]:
             raise CheckpointError(f"{path} is not the file that was saved under this name; use another checkpoint")
         return tensor
 
@@ -209,16 +211,40 @@ def _read_index(path: Path) -> dict[str, Any]:
 def _table_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> SavedTable:
     rows, dim = int(entry["num_embeddings"]), int(entry["embedding_dim"])
     dtype: torch.dtype = getattr(torch, entry["shards"][0]["dtype"])
+    if dtype not in ROW_DTYPES:
+        raise ValueError(f"{entry['name']!r} is of {dtype}")
     shards = [_saved_of(each, slots) for each in entry["shards"]]
-    if sum(each.rows.num_rows * (each.columns[1] - each.columns[0]) for each in shards) != rows * dim:
-        raise ValueError(f"shards of {entry['name']!r} are not the whole table")
+    if not _are_whole(shards, rows, dim):
+        raise ValueError(f"shards of {entry['name']!r} are not the whole table, or overlap")
     return SavedTable(str(entry["name"]), (rows, dim), dtype, shards)
+
+
+def _are_whole(shards: Sequence[SavedShard], rows: int, dim: int) -> bool:
+    """Tell whether shards have each row and column of a table once."""
+    by_columns: dict[tuple[int, int], list[RowRange | RowHash]] = {}
+    for shard in shards:
+        by_columns.setdefault(shard.columns, []).append(shard.rows)
+    ends = [0, *(stop for _, stop in sorted(by_columns))]
+    if [*(start for start, _ in sorted(by_columns)), dim] != ends:
+        return False
+    return all(_are_all_rows(parts, rows) for parts in by_columns.values())
+
+
+def _are_all_rows(parts: Sequence[RowRange | RowHash], rows: int) -> bool:
+    ranges = sorted((part.start, part.stop) for part in parts if isinstance(part, RowRange))
+    if len(ranges) == len(parts):
+        return [*(start for start, _ in ranges), rows] == [0, *(stop for _, stop in ranges)]
+    hashes = sorted((part.num_embeddings, part.parts, part.part) for part in parts if isinstance(part, RowHash))
+    return hashes == [(rows, len(parts), number) for number in range(len(parts))]
 
 
 def _saved_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> SavedShard:
     rows = RowHash(**entry["rows"]) if "parts" in entry["rows"] else RowRange(**entry["rows"])
     start, stop = entry["columns"]
-    saved = SavedShard(rows, (start, stop), entry["steps"], {})
+    steps = entry["steps"]
+    if steps is not None and not (isinstance(steps, int) and 0 <= steps < 1 << 63):
+        raise ValueError(f"steps={steps!r} is no count")
+    saved = SavedShard(rows, (start, stop), steps, {})
     for slot in slots if saved.steps is not None else [WEIGHT]:
         pieces = saved.tensors[slot] = [SavedPiece(**each) for each in entry["tensors"][slot]]
         ends = [0, *itertools.accumulate(piece.num_rows for piece in pieces)]

@@ -143,7 +143,7 @@ class ShardedEmbeddingBag(nn.Module):
         self._kernel = kernels.choose(kernel)
         self._comm = mpi.world() if communicator is None else communicator.dup()
         self.plan = _plan_of(self.tables, plan, self._comm.size, optimizer)
-        self._require_same(optimizer, dtype, wire_dtype, seed, share_memory=share_memory)
+        self._require_same(optimizer, dtype, wire_dtype, seed, share_memory=share_memory, debug=debug)
         self._layout = Layout(self.plan)
         self.fused_optimizer = FusedOptimizer(optimizer)
         self.shards = Shards(self.plan, self._comm.rank, optimizer, dtype, seed)
@@ -161,6 +161,7 @@ class ShardedEmbeddingBag(nn.Module):
         self._worker = Worker(f"shadow-embedding-{self._number}", serving)
         self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
         _OPEN[self._number] = self
+        _keep_compilers_out()
         self.register_state_dict_pre_hook(_wait_before_state)  # type: ignore[no-untyped-call]
         self._release: Callable[[], object] = self._comm.free
         if self._comm.spans_processes and self.size > 1:
@@ -212,6 +213,10 @@ class ShardedEmbeddingBag(nn.Module):
         See `prefetch.Prefetcher` for the arguments, and for the staleness that `depth` brings.
         """
         return Prefetcher(self, loader, inputs, depth=depth)
+
+    def join_all(self) -> None:
+        """`join()` every open module that this one's thread made, in order (collective)."""
+        join_all(self._owner)
 
     def join(self) -> None:
         """Begin to take part, without data, in what the others do, until all ranks are here (collective).
@@ -275,6 +280,10 @@ class ShardedEmbeddingBag(nn.Module):
         rows = sum(table.num_embeddings for table in self.tables)
         return f"{len(self.tables)} tables, {rows} rows, rank {self.rank} of {self.size}, kernel={self._kernel.name}"
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.wait()
+        super()._load_from_state_dict(*arguments)
+
     # --- ahead of the training thread: for `prefetch.Prefetcher` ------------------------------------------------------
 
     def look_up_ahead(self, inputs: Any) -> None:
@@ -335,6 +344,12 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _backward(self, lookup: Lookup, gradient: Tensor) -> dict[int, Tensor]:
         self._require_open("backward()")
+        if lookup.out.dtype is not self._dtype:
+            return self._do(functools.partial(
+                self._exchange.meetings.fail,
+                f"rows went from {lookup.out.dtype} to {self._dtype} between forward and backward; convert the module "
+                "before forward or after backward",
+            ))  # fmt: skip
         gradient = gradient.detach().to("cpu", self._dtype)
         try:
             rule = self.fused_optimizer.rule
@@ -382,13 +397,14 @@ class ShardedEmbeddingBag(nn.Module):
         return embedding_bag(ids.long(), weight, ends.to(weight.device), mode=table.pooling, per_sample_weights=weights)
 
     def _require_same(
-        self, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None, seed: int, *, share_memory: bool
-    ) -> None:
+        self, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None, seed: int, *, share_memory: bool,
+        debug: bool,
+    ) -> None:  # fmt: skip
         if self.size > 1:
             settings: dict[str, Any] = {f"table {table.name!r}": _described(table) for table in self.tables}
             settings |= {"plan": self.plan.placements, "optimizer": rule, "gradients": self._gradients}
             settings |= {"mode": self._mode, "dtype": dtype, "wire_dtype": wire, "seed": seed}
-            settings["share_memory"] = share_memory
+            settings |= {"share_memory": share_memory, "debug": debug}
             agree.require_same(self._comm, agree.describe_settings(settings))
 
     def _close_at_exit(self) -> None:
@@ -396,6 +412,7 @@ class ShardedEmbeddingBag(nn.Module):
             return
         logger.info("close() was not called; serving until all ranks are done")
         try:
+            self.join_all()  # others may need any of them before they close this one
             self.close()
         except ShadowSyncError:
             logger.exception("the exchange of embeddings ended with an error")
@@ -416,10 +433,19 @@ class ShardedEmbeddingBag(nn.Module):
                 f"mode='served' cannot change dtype from {self._dtype} to {probe.dtype}, while other ranks look up; "
                 f"give ShardedEmbeddingBag(dtype={probe.dtype})"
             )
+        self.wait()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._out_dtype, self._out_device = probe.dtype, probe.device
         self._dtype = probe.dtype if probe.dtype in ROW_DTYPES else self._dtype
         return self
+
+
+@functools.cache
+def _keep_compilers_out() -> None:
+    """Let `torch.compile` call `forward` as it is; not at import, where it would take a second for all."""
+    ShardedEmbeddingBag.forward = torch.compiler.disable(  # type: ignore[method-assign, no-untyped-call]
+        ShardedEmbeddingBag.forward
+    )
 
 
 class _Exchanged(torch.autograd.Function):

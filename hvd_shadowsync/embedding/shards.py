@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hvd_shadowsync.embedding import pages
 from hvd_shadowsync.embedding.kernels.base import Gradient, Kernel, Update
 from hvd_shadowsync.embedding.optimizers import Adagrad, RowWiseAdagrad, SparseOptimizer
-from hvd_shadowsync.embedding.placement import Plan, Shard
+from hvd_shadowsync.embedding.placement import Plan, RowRange, Shard
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 from hvd_shadowsync.owned import mark_owned
 
@@ -46,9 +46,8 @@ class Shards(nn.Module):
         self._keys: list[str] = []
         for shard in self.owned:
             table = plan.tables[shard.table]
-            part = [each for each in plan.shards if each.table == shard.table].index(shard)
             holder = nn.Module()
-            self._keys.append(f"{table.name}/{part}")
+            self._keys.append(f"{table.name}/{_place_of(shard)}")
             self.add_module(self._keys[-1], holder)
             holder.register_buffer("weight", pages.empty((shard.rows.num_rows, shard.dim), dtype))
             for name, per_weight in rule.slots.items():
@@ -100,6 +99,13 @@ class Shards(nn.Module):
     def _mark(self) -> None:
         for buffer in self.buffers():
             mark_owned(buffer)
+
+
+def _place_of(shard: Shard) -> str:
+    """Say which rows and columns a shard has, so that no other's state loads into it."""
+    rows, (start, stop) = shard.rows, shard.columns
+    which = f"rows_{rows.start}_{rows.stop}" if isinstance(rows, RowRange) else f"hash_{rows.part}_of_{rows.parts}"
+    return f"{which}/columns_{start}_{stop}"
 
 
 def _make_usable(module: nn.Module, incompatible: Any) -> None:

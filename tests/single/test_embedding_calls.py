@@ -31,6 +31,8 @@ from hvd_shadowsync.embedding import (
     Plan,
     RowWiseAdagrad,
     ShardedEmbeddingBag,
+    exchange,
+    files,
 )
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.owned import is_owned
@@ -160,6 +162,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"a": (torch.tensor([1, 2]), torch.tensor([0, 5])), "b": torch.tensor([0, 0])},
         r"'a' has offsets that go back after bag 1, from 5 to 2",
     ),
+    "offsets whose differences overflow": (
+        {"a": (torch.tensor([1, 2, 3]), torch.tensor([0, 2**63 - 1, -2])), "b": torch.tensor([0, 0, 0])},
+        r"'a' has offsets that go back after bag 1, from 9223372036854775807 to -2",
+    ),
+    "int32 offsets whose differences overflow": (
+        {"a": (torch.tensor([1, 2, 3]), torch.tensor([0, 2**31 - 1, -2]).int()), "b": torch.tensor([0, 0, 0])},
+        r"'a' has offsets that go back after bag 1, from 2147483647 to -2",
+    ),
     "first offset": (
         {"a": (torch.tensor([1, 2]), torch.tensor([1, 2])), "b": torch.tensor([0, 0])},
         r"begin with 1; the first has to be 0",
@@ -180,6 +190,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "columns": (torch.zeros(3, 3, dtype=torch.int64), r"shape \(3, 3\); give \[batch, 2\]"),
     "jagged": (Jagged(["a", "b"], torch.tensor([1, 2]), torch.tensor([1, 2])), r"lengths sum to 3 where values has 2"),
+    "jagged, lengths that overflow": (
+        Jagged(["a", "b"], torch.tensor([1, 2]), torch.tensor([2**62, 2**62, 2**62, 2**62 + 2])),
+        r"lengths has 4611686018427387906 where values has 2 ids",
+    ),
     "padded": (
         {"a": Padded(torch.zeros(2, 3).long(), torch.tensor([1, 4])), "b": torch.tensor([1, 1])},
         r"lengths outside \[0, 3\]",
@@ -191,6 +205,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         Jagged(["a", "b"], torch.ones(2, 2).long(), torch.tensor([1, 1])), r"values has shape \(2, 2\); give the ids"
     ),
     "sparse": (torch.ones(2, 2, dtype=torch.int64).to_sparse(), r".*"),
+    "sparse feature": (
+        {"a": torch.ones(2, dtype=torch.int64).to_sparse(), "b": torch.tensor([1, 1])}, r"'a' is of torch.sparse_coo"
+    ),
+    "meta": ({"a": torch.ones(2, device="meta").long(), "b": torch.tensor([1, 1])}, r"'a' is a meta tensor"),
     "another thing": ("ids", r"inputs is a str; give"),
 }  # fmt: skip
 
@@ -473,6 +491,108 @@ def test_rows_of_a_rank_without_data_move_at_the_rate_of_the_others(rule: Sparse
         assert torch.allclose(moved, moved[:1].expand(10, -1), rtol=1e-4)
 
 
+def test_rows_that_change_dtype_between_forward_and_backward() -> None:
+    def use(module: ShardedEmbeddingBag) -> None:
+        vectors = module(IDS)
+        module.double()
+        vectors.sum().backward()
+
+    for each in on_two(use):
+        assert isinstance(each, EmbeddingError)
+        assert "rows went from torch.float32 to torch.float64 between forward and backward" in str(each)
+
+
+def loop_ahead(module: ShardedEmbeddingBag, steps: int = 12) -> None:
+    for batch in module.prefetch([IDS.clone() for _ in range(steps)], depth=2):
+        module(batch).sum().backward()
+
+
+def test_what_is_loaded_or_converted_after_a_loop_waits_for_its_updates() -> None:
+    def use(module: ShardedEmbeddingBag) -> bool:
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        loop_ahead(module)
+        module.load_state_dict(state)
+        same = all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+        loop_ahead(module)
+        module.double()
+        return same
+
+    assert on_two(use) == [True, True]
+
+
+def test_state_of_another_division_is_refused() -> None:
+    def program(comm: Communicator) -> str:
+        modules = [
+            ShardedEmbeddingBag([EmbeddingTable("a", 10, 4)], {"a": strategy}, SGD(0.5), communicator=comm)
+            for strategy in ("row-wise", "row-wise hashed")
+        ]
+        with pytest.raises(RuntimeError) as caught:
+            modules[1].load_state_dict(modules[0].state_dict())
+        for module in modules:
+            module.close()
+        return str(caught.value)
+
+    for rank, said in enumerate(on_ranks(2, program)):
+        assert f"rows_{5 * rank}_{5 * rank + 5}/columns_0_4" in said
+        assert f"hash_{rank}_of_2/columns_0_4" in said
+
+
+def test_saving_while_others_have_lookups_ahead(tmp_path: Path) -> None:
+    """Rank 0 has no more batches; what rank 1 has looked up ahead when both save is still known to rank 0 then."""
+
+    def use(module: ShardedEmbeddingBag) -> int:
+        batches = [IDS.clone() for _ in range(4 + 4 * module.rank)]
+        for step, batch in enumerate(module.prefetch(batches, depth=2)):
+            module(batch).sum().backward()
+            if step == 6:
+                files.save(tmp_path, module)
+        if module.rank == 0:
+            files.save(tmp_path, module)
+        module.join()
+        module.wait()
+        return len(module._exchange._served)  # type: ignore[union-attr]
+
+    assert on_two(use) == [0, 0]
+
+
+def test_a_rank_without_data_remembers_few_lookups() -> None:
+    def use(module: ShardedEmbeddingBag) -> int:
+        for _ in range(0 if module.rank else 3 * exchange.KEPT):
+            module(IDS)
+        held = module(IDS) if module.rank == 0 else None
+        module.join()
+        module.wait()
+        served = len(module._exchange._served)  # type: ignore[union-attr]
+        return served if held is None else 0
+
+    assert on_two(use) == [0, exchange.KEPT]
+
+
+def test_two_modules_of_which_one_looks_ahead_on_uneven_data() -> None:
+    def program(comm: Communicator) -> int:
+        ahead, beside = (
+            ShardedEmbeddingBag(ONE, {t.name: "table-wise" for t in ONE}, SGD(0.5), communicator=comm) for _ in range(2)
+        )
+        for batch in ahead.prefetch([IDS.clone() for _ in range(3 + comm.rank)]):
+            (ahead(batch).sum() + beside(IDS).sum()).backward()
+        ahead.close()
+        beside.close()
+        return int(ahead.metrics()["updates"])
+
+    assert on_ranks(2, program) == [4, 4]
+
+
+def test_a_compiled_model_calls_the_module_as_it_is() -> None:
+    def use(module: ShardedEmbeddingBag) -> bool:
+        top = nn.Linear(6, 1)
+        model = torch.compile(nn.Sequential(module, top), backend="aot_eager")
+        compiled = model(IDS)
+        compiled.sum().backward()
+        return compiled.shape == (len(IDS), 1)
+
+    assert on_two(use) == [True, True]
+
+
 def stale_reference(depth: int, world: int, steps: tuple[int, ...]) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
     """Train in one process with lookups that see all updates but the last `depth`."""
     from embeddings import plain_modules
@@ -695,9 +815,10 @@ def test_what_the_module_shows() -> None:
         )
 
     for rank, (names, restored, same, wide, half, dtypes, shown) in enumerate(on_ranks(2, program)):
+        held = f"rows_{5 * rank}_{5 * rank + 5}/columns_0_4"
         assert names == [
-            "embedding.replicated.b", f"embedding.shards.a/{rank}.steps", f"embedding.shards.a/{rank}.sum",
-            f"embedding.shards.a/{rank}.weight", "top.bias", "top.weight",
+            "embedding.replicated.b", f"embedding.shards.a/{held}.steps", f"embedding.shards.a/{held}.sum",
+            f"embedding.shards.a/{held}.weight", "top.bias", "top.weight",
         ]  # fmt: skip
         assert restored and same
         assert (wide, half) == (torch.float64, torch.bfloat16)

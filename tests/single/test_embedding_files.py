@@ -428,6 +428,17 @@ def test_whoever_may_read_one_file_may_read_all(tmp_path: Path) -> None:
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
+def test_files_in_each_others_place_are_refused(tmp_path: Path) -> None:
+    divided = dict.fromkeys(PLACEMENTS, "row-wise")
+    saved(tmp_path, 2, SGD(0.5), divided)
+    first, second = sorted(tmp_path.glob("rows-*"))
+    spare = tmp_path / "spare"
+    for old, new in ((first, spare), (second, first), (spare, second)):
+        old.rename(new)
+    found = on_modules(2, refused(lambda module: files.load(tmp_path, module)), SGD(0.5), divided)
+    assert all("is not the file that was saved under this name" in each for each in found), found
+
+
 def test_columns_that_come_together_have_the_mean_of_their_sums(tmp_path: Path) -> None:
     expected = saved(tmp_path, 4)["columns", "sum"]
     found = loaded(tmp_path, 2)["columns", "sum"]
@@ -581,12 +592,23 @@ def test_damaged_indices_are_refused(tmp_path: Path) -> None:
     index = path.read_text()
     lacks_rows = json.loads(index)
     del lacks_rows["tables"][1]["shards"][0]
+
+    def changed(table: int, **values: Any) -> str:
+        content = json.loads(index)
+        for shard in content["tables"][table]["shards"]:
+            shard.update(values)
+        return json.dumps(content)
+
     for text, message in (
         (index[:-100], "is it whole?"),
         ("", "is it whole?"),
         ("[]", "is no index of hvd_shadowsync.embedding, version 1; save with embedding.files.save"),
         (index.replace('"version": 1', '"version": 2'), "is no index of"),
         (json.dumps(lacks_rows), "shards of 'rows' are not the whole table"),
+        (changed(3, columns=[0, 4]), "shards of 'columns' are not the whole table, or overlap"),
+        (changed(0, dtype="int64"), "'table' is of torch.int64"),
+        (changed(1, steps="3"), "steps='3' is no count"),
+        (changed(1, steps=2**70), "is no count"),
         (index.replace("rows-", "../rows-"), "is no file of a checkpoint"),
         (index.replace('"first_row": 0', '"first_row": 1'), "are missing"),
         (index.replace('"slots"', '"spots"'), "is damaged (KeyError: 'slots')"),

@@ -17,7 +17,9 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
 from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
 from hvd_shadowsync.embedding.carrier import Offer
-from hvd_shadowsync.embedding.onehost import KEPT, OneHost
+from hvd_shadowsync.embedding.onehost import KEPT, MOST, OneHost
+from hvd_shadowsync.embedding.routing import Router
+from hvd_shadowsync.errors import EmbeddingError
 
 STRATEGIES = ["table-wise", "row-wise", "column-wise", "mixed"]
 
@@ -92,6 +94,61 @@ def test_a_slot_rests_while_another_rank_may_be_reading_it(monkeypatch: pytest.M
     monkeypatch.setattr(OneHost, "offer", offering)
     monkeypatch.setattr(OneHost, "update", updating)
     assert all(map(torch.equal, on_two(use, problem), expected))
+
+
+def test_smaller_slots_go_when_batches_grow() -> None:
+    def use(module: ShardedEmbeddingBag) -> int:
+        for size in range(1, 60):
+            module({name: torch.zeros(size, 2, dtype=torch.int64) for name, _ in Problem().features}).sum().backward()
+        return slots(module)
+
+    assert max(on_two(use, Problem())) <= 4
+
+
+def test_many_lookups_that_are_held_go_in_messages() -> None:
+    problem = Problem(sizes=(4,))
+
+    def use(module: ShardedEmbeddingBag) -> tuple[int, list[Tensor]]:
+        outputs = [module(ids_of(problem, module.rank, step)) for step in range(MOST + 8)]
+        for step, vectors in enumerate(outputs):
+            problem.loss(vectors, module.rank, step).backward()
+        if more_than_slots := module._exchange._host is not None:  # type: ignore[union-attr]
+            assert slots(module) == MOST
+        return more_than_slots, [*outputs, *module.shards.buffers()]
+
+    shared, messages = on_two(use, problem), on_two(use, problem, share_memory=False)
+    for (one, found), (other, expected) in zip(shared, messages, strict=True):
+        assert one
+        assert not other
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_rank_that_fails_while_it_looks_up_is_an_error_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on those that catch it and go on, as some do where memory is short."""
+    problem = Problem(sizes=(4,))
+    pool = Router.pool
+
+    def failing(router: Router, poolings: Any) -> None:
+        if router.rank == 1 and fails:
+            fails.pop()
+            raise MemoryError("no room")
+        pool(router, poolings)
+
+    def use(module: ShardedEmbeddingBag) -> list[str]:
+        said = []
+        for step in range(3):
+            try:
+                module(ids_of(problem, module.rank, step))
+            except (MemoryError, EmbeddingError) as error:
+                said.append(str(error))
+        return said
+
+    fails = [True]
+    monkeypatch.setattr(Router, "pool", failing)
+    theirs, own = on_two(use, problem)
+    said = "rank 1 failed while it looked rows up, so that no rank can go on; see its error"
+    assert theirs == [said] * 3
+    assert own == ["no room", said, said]
 
 
 def test_a_training_loop_needs_few_slots() -> None:
