@@ -171,7 +171,8 @@ chunk = args.batch_size * size  # examples of one step of the whole job
 num_steps = args.steps
 if data.num_train_rows is not None:
     num_steps = min(num_steps or sys.maxsize, data.num_train_rows // chunk)
-bar = tqdm(total=num_steps and num_steps * chunk, unit="ex", unit_scale=True, mininterval=0.5, disable=rank != 0)
+often = 0.5 if sys.stderr.isatty() else 10.0  # seconds; in a file each is a line, or makes one longer
+bar = tqdm(total=num_steps and num_steps * chunk, unit="ex", unit_scale=True, mininterval=often, disable=rank != 0)
 history: list[dict[str, float | None]] = []
 losses = torch.zeros(())
 step = seen_steps = seen_rounds = 0

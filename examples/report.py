@@ -33,7 +33,8 @@ HEADERS = ["run", "runs", "examples/s", "AUC", "normalised entropy", "sync gap (
 NOTE = (
     "Examples/s are of the whole job's training loop; AUC and normalised entropy (log loss over the entropy of the "
     "label's mean) are of the test rows; the sync gap is training steps per round; MB are sent by all ranks together "
-    "(Horovod's computed for a ring)."
+    "(Horovod's computed for a ring). With sharded tables all runs exchange embeddings in the same way, which is most "
+    "of what they send; the name says how the rest of the model is kept together."
 )
 VARIED = ("seed", "report")  # settings in which records of one group differ
 PAGE = """<!doctype html>

@@ -186,10 +186,18 @@ class ShardedEmbeddingBag(nn.Module):
         return self._exchange.meetings
 
     def forward(self, inputs: Any) -> Tensor | dict[str, Tensor]:
-        """Look up `inputs`, which `inputs.read_batch` describes; the output takes part in autograd (collective).
+        """Look `inputs` up; the output takes part in autograd (collective).
+
+        Args:
+            inputs: a dict by feature, of ids [batch] (one a sample), of matrices of ids [batch, ids of a bag], of
+                `(ids, offsets)` or `(ids, offsets, weights)` as for `nn.EmbeddingBag` (weights of the tables' dtype,
+                for pooling "sum"; they may want gradients), or of `Padded`; or `Jagged`, torchrec's
+                `KeyedJaggedTensor`, a tensor [batch, features] or [batch, features, ids]. Ids are int64 or int32, and
+                copied.
 
         Returns:
-            [batch, sum of dims] or a dict of [batch, dim], of the tables' dtype, as `output` says.
+            [batch, sum of dims] or a dict of [batch, dim], as `output` says; of the tables' dtype, in host memory, or
+            of the dtype and on the device to which the module was moved (`.half()` changes the output alone).
 
         Raises:
             EmbeddingError: the input of a rank is wrong, or ranks make different calls; raised on every rank.

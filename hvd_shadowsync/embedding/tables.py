@@ -16,7 +16,10 @@ Initializer = Callable[..., object]
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """One table of a `ShardedEmbeddingBag`; the arguments are those of `torch.nn.EmbeddingBag`, and a name.
+    """One table of a `ShardedEmbeddingBag`.
+
+    As `torch.nn.EmbeddingBag`, but `pooling` is its `mode`, and "sum" by default, where that has "mean". There is no
+    `padding_idx`, `max_norm` or "max".
 
     Attributes:
         name: unique among the tables.

@@ -132,6 +132,20 @@ def test_synthetic_rows(options: list[str], tmp_path: Path) -> None:
     assert record["sync"]["bytes_sent"] >= record["embedding"]["vector_bytes"] > 0
 
 
+def test_the_whole_script_with_large_tables(tmp_path: Path) -> None:
+    """Trained on two ranks, resumed on four."""
+    program = [sys.executable, str(ROOT / "examples" / "large_tables.py"), "--save", str(tmp_path / "clicks.pt")]
+    said = []
+    for ranks, more in ((2, []), (4, ["--resume"])):
+        command = [*mpirun(ranks), *program, *more, "--steps", "100"]
+        outcome = launch(command, tmp_path / str(ranks), timeout_s=100.0, environ=ONE_HOST).require_success()
+        found = re.search(r"after (\d+) steps on (\d) ranks: (0\.\d+) of unseen", outcome.output)
+        assert found, outcome.text
+        said.append((int(found[1]), int(found[2]), float(found[3])))
+    assert [each[:2] for each in said] == [(100, 2), (200, 4)]
+    assert 0.6 < said[0][2] < said[1][2]
+
+
 def test_a_data_file_that_is_not_there(tmp_path: Path) -> None:
     outcome = ctr(tmp_path, "--data", "criteo", tmp_path / "no-such-file.txt")
     assert not outcome.verdict, outcome.verdict
