@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from hvd_shadowsync import emulated
 from hvd_shadowsync.command import Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
@@ -26,6 +28,10 @@ PYTHONS = ("python", "python3")
 PROBE_TIMEOUT_S = 60
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 10.0
+MPI_ON_EMULATED = (
+    "--prtemca", "plm_ssh_agent", emulated.AGENT, "--prtemca", "prte_if_include", f"{emulated.SUBNET}.0/24",
+    "--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "btl_tcp_if_include", f"{emulated.SUBNET}.0/24",
+)  # fmt: skip
 
 
 def parse_hosts(text: str) -> tuple[Host, ...]:
@@ -155,6 +161,8 @@ def parser() -> argparse.ArgumentParser:
     add("-np", "-n", "--num-proc", dest="size", type=int, metavar="N", help="number of ranks (needed)")
     add("-H", "--hosts", metavar="H0:2,H1:2", help="hosts with their slots; without slots the ranks are spread evenly")
     add("--hostfile", metavar="FILE", help="a file with a host per line: 'h0 slots=2' or 'h0:2'")
+    add("--emulated", type=int, metavar="HOSTS", help="on so many emulated hosts of this machine (Linux, Open MPI)")
+    emulated.add_options(result)
     add("--horovod", action="store_true", help="launch through horovodrun --mpi instead of mpirun")
     add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="an environment variable for every rank")
@@ -176,16 +184,30 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         raise LaunchError(f"-np {asked}; say how many ranks to start, for example: shadowrun -np 2 python train.py")
     if options.threads is not None and options.threads < 1:
         raise LaunchError(f"--threads {options.threads} is less than 1; leave it out for cores / ranks per host")
+    network = _network(options)
+    if network is not None:
+        machine = replace(machine, root=True)  # whoever the user is outside
     return Launch(
         program=_program(options.program, machine.environ),
         size=options.size,
         machine=machine,
-        hosts=_hosts(options),
+        hosts=_hosts(options) if network is None else network.as_hosts(),
         env=dict(_variables(options.env, machine.environ)),
-        mpirun_args=_split(options.mpirun_args),
+        mpirun_args=(*(MPI_ON_EMULATED if network is not None else ()), *_split(options.mpirun_args)),
         threads=options.threads,
         horovodrun=find_horovodrun(machine.environ) if options.horovod else None,
     )
+
+
+def _network(options: argparse.Namespace) -> emulated.Network | None:
+    asked = [name for name in emulated.OPTIONS if getattr(options, name) != emulated.OPTIONS[name]]
+    if options.emulated is None:
+        if asked:
+            raise LaunchError(f"--{asked[0].replace('_', '-')} belongs to --emulated; say on how many hosts")
+        return None
+    if options.hosts is not None or options.hostfile is not None or options.horovod:
+        raise LaunchError("--emulated goes with none of --hosts, --hostfile, --horovod (mpirun starts Horovod as well)")
+    return emulated.Network(options.emulated, **{name: getattr(options, name) for name in emulated.OPTIONS})
 
 
 def _split(arguments: str) -> tuple[str, ...]:
@@ -305,6 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch = launch_from(options, this_machine())
         mpi = detect_mpi()
         command, additions = build_command(launch, mpi)
+        network = _network(options)
+        if network is not None and mpi.kind != "openmpi":
+            raise LaunchError(f"--emulated needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
     except LaunchError as error:
         print(f"shadowrun: {error}", file=sys.stderr)
         return 2
@@ -314,6 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verbose:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
+    if network is not None:
+        try:
+            return emulated.run(network, command, environ)
+        except LaunchError as error:
+            print(f"shadowrun: {error}", file=sys.stderr)
+            return 2
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     os.execvpe(command[0], command, environ)

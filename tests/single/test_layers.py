@@ -32,11 +32,22 @@ LAYERS = [
     ["optimizer"],
     ["distributed", "broadcast"],
     ["torch", "checkpoint"],
-    ["command", "run", "doctor", "__main__"],
+    ["command", "emulated", "run", "doctor", "__main__"],
 ]
 """Parts of the package, the lowest layer first; a part is a module or a folder."""
 
-WITHOUT_TORCH = ["errors", "checks", "comm.poll", "comm.tuning", "pacing", "metrics", "command", "run", "doctor"]
+WITHOUT_TORCH = [
+    "errors",
+    "checks",
+    "comm.poll",
+    "comm.tuning",
+    "pacing",
+    "metrics",
+    "command",
+    "emulated",
+    "run",
+    "doctor",
+]
 OPTIONAL = {
     "mpi4py": {"comm.mpi", "__main__"},
     "horovod": {"torch", "__main__"},

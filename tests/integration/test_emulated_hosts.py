@@ -1,0 +1,137 @@
+"""Real jobs on emulated hosts: rates, exit codes, and what is left after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from launching import find_mpi, is_running
+
+from hvd_shadowsync import emulated
+from hvd_shadowsync.command import LaunchError
+
+TIMEOUT_S = 90
+SENDS = """
+import socket, time
+from mpi4py import MPI
+import numpy
+comm, data, best = MPI.COMM_WORLD, numpy.zeros(6_250_000, numpy.uint8), 1e9
+for _ in range(3):
+    comm.Barrier()
+    begun = time.perf_counter()
+    comm.Send(data, 1 - comm.rank) if comm.rank == 0 else comm.Recv(data, 1 - comm.rank)
+    comm.Barrier()
+    best = min(best, time.perf_counter() - begun)
+print(f"{comm.rank} {socket.gethostname()} {data.nbytes * 8 / best / 1e6}")
+"""
+SLEEPS = """
+import sys, time
+from mpi4py import MPI
+print("up", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _possible() -> None:
+    try:
+        code = emulated.run(emulated.Network(2), [sys.executable, "-c", ""], os.environ)
+    except LaunchError as error:
+        pytest.skip(str(error))
+    assert code == 0
+
+
+def started(*arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [*before, sys.executable, "-m", *arguments]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def devices() -> str:
+    return subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def test_a_link_has_the_rate_that_was_asked_for(tmp_path: Path) -> None:
+    if find_mpi().kind != "openmpi":
+        pytest.skip("needs Open MPI")
+    script = tmp_path / "sends.py"
+    script.write_text(SENDS)
+    before = devices()
+    job = started("hvd_shadowsync.run", "--emulated", "2", "--rate", "50mbit", "-np", "2", "python", str(script))
+    output, errors = job.communicate(timeout=TIMEOUT_S)
+    assert job.returncode == 0, errors
+    found = sorted(line.split() for line in output.splitlines())
+    assert [line[:2] for line in found] == [["0", "10.77.0.1"], ["1", "10.77.0.2"]]
+    assert all(45 < float(line[2]) < 55 for line in found), output
+    assert devices() == before
+
+
+def test_a_job_after_one_that_was_killed(tmp_path: Path) -> None:
+    """What Open MPI leaves behind then is under process ids, which are the same in each job here."""
+    if find_mpi().kind != "openmpi":
+        pytest.skip("needs Open MPI")
+    script = tmp_path / "sleeps.py"
+    script.write_text(
+        "import sys, time\nfrom mpi4py import MPI\nprint('up', flush=True)\ntime.sleep(float(sys.argv[1]))\n"
+    )
+    for _ in range(2):
+        job = started("hvd_shadowsync.run", "--emulated", "2", "-np", "2", "python", str(script), "999")
+        assert job.stdout is not None
+        assert job.stdout.readline() == "up\n", job.stderr and job.stderr.read()
+        job.kill()
+        job.wait(TIMEOUT_S)
+    job = started("hvd_shadowsync.run", "--emulated", "2", "-np", "2", "python", str(script), "0")
+    assert job.wait(TIMEOUT_S) == 0
+
+
+def test_the_exit_code_is_that_of_the_command() -> None:
+    job = started("hvd_shadowsync.emulated", "--hosts", "1", "sh", "-c", "exit 7")
+    assert job.wait(TIMEOUT_S) == 7
+    job = started("hvd_shadowsync.emulated", "--hosts", "1", "no-such-command")
+    assert job.wait(TIMEOUT_S) == 2
+    assert "no-such-command" in job.communicate()[1]
+
+
+def test_a_job_of_somebody_else_than_root(tmp_path: Path) -> None:
+    if find_mpi().kind != "openmpi":
+        pytest.skip("needs Open MPI")
+    as_user = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
+    if subprocess.run([*as_user, "true"], check=False, capture_output=True, timeout=10).returncode:
+        pytest.skip("this system has no user namespaces")
+    script = tmp_path / "names.py"
+    script.write_text("import socket\nfrom mpi4py import MPI\nprint(MPI.COMM_WORLD.rank, socket.gethostname())\n")
+    options = ["--emulated", "2", "-np", "2", "python", str(script)]
+    job = started("hvd_shadowsync.run", *options, before=as_user)
+    output, errors = job.communicate(timeout=TIMEOUT_S)
+    assert job.returncode == 0, errors
+    assert sorted(output.splitlines()) == ["0 10.77.0.1", "1 10.77.0.2"]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_leaves_nothing(kind: signal.Signals) -> None:
+    before = devices()
+    job = started("hvd_shadowsync.emulated", "--hosts", "2", "sh", "-c", "echo up; exec sleep 999.5")
+    assert job.stdout is not None
+    assert job.stdout.readline() == "up\n"
+    pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and b"999.5" in _command(pid)]
+    assert len(pids) >= 2
+    job.send_signal(kind)
+    job.wait(TIMEOUT_S)
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(is_running(pid) for pid in pids)
+    assert devices() == before
+    assert job.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 128 + signal.SIGTERM)
+
+
+def _command(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
