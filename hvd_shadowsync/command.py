@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ MAPPING_ENVIRONMENT = (
 MAPPING_OPTIONS = frozenset({"map-by", "rank-by", "oversubscribe", "npernode", "N", "rankfile", "rf", "ppr"})
 EXPORTED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 EXPORTED_PREFIXES = ("OMP_", "MKL_", "OPENBLAS_", "TORCH_", "PYTORCH_", "CUDA_VISIBLE", "NCCL_", "HOROVOD_", "MPI4PY_")
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What a launcher passes on to its job."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -23,10 +23,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from hvd_shadowsync.command import Host, LaunchError
+from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, LaunchError
 
 SUBNET = "10.77.0"
 VARIABLE = "SHADOW_EMULATED"
@@ -50,8 +50,6 @@ NEW_MOUNTS, NEW_UTS, NEW_USER, NEW_PIDS, NEW_NET = 1 << 17, 1 << 26, 1 << 28, 1 
 MS_REC_PRIVATE = (1 << 14) | (1 << 18)
 PR_SET_PDEATHSIG = 1
 FSOPEN, FSCONFIG, FSMOUNT, FSCONFIG_CMD_CREATE = 430, 431, 432, 6
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-OPTIONS: dict[str, Any] = {"rate": "1gbit", "latency": "", "loss": "", "racks": 1, "rack_rate": ""}
 RATE, TIME, SHARE = r"\d+(\.\d+)?[kmg]?bit", r"\d+(\.\d+)?(us|ms|s)", r"\d+(\.\d+)?%"
 
 
@@ -103,8 +101,19 @@ class Network:
         return host * self.racks // self.hosts
 
 
+OPTIONS: dict[str, Any] = {field.name: field.default for field in fields(Network) if field.name != "hosts"}
+
+
+def wrapped(network: Network, command: Sequence[str]) -> list[str]:
+    """Return the command that runs `command` on the first of the hosts (pure)."""
+    links = [f"--{name.replace('_', '-')}={getattr(network, name)}" for name in OPTIONS]
+    return [sys.executable, "-m", "hvd_shadowsync.emulated", f"--hosts={network.hosts}", *links, "--", *command]
+
+
 def run(network: Network, command: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run `command` on the first of the hosts; return its exit code, 128 + the signal where that ended it.
+
+    Only in the main thread, whose signals it passes on.
 
     Raises:
         LaunchError: this machine cannot have such hosts; says what it lacks.
@@ -126,8 +135,7 @@ def run(network: Network, command: Sequence[str], environ: Mapping[str, str]) ->
             signal.signal(each, handler)
     if failure:
         raise LaunchError(failure)
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    return _exit_code(status)
 
 
 def require_tools() -> None:
@@ -154,12 +162,11 @@ def _become_first(network: Network, command: Sequence[str], environ: dict[str, s
         os.close(told)
         for each in FORWARDED_SIGNALS:
             signal.signal(each, lambda number, _: os.kill(first, number))
-        _, status = os.waitpid(first, 0)
-        code = os.waitstatus_to_exitcode(status)
-        os._exit(code if code >= 0 else 128 - code)
+        os._exit(_exit_code(os.waitpid(first, 0)[1]))
     except BaseException as error:
-        os.write(told, f"emulated hosts cannot be made here ({error}); be root, or allow user namespaces".encode())
-        os._exit(2)
+        os.write(told, _why_not(error))
+    finally:
+        os._exit(2)  # whatever happened, this process does not go on as a second copy of its parent
 
 
 def _as_first(network: Network, command: Sequence[str], environ: dict[str, str], told: int) -> int:
@@ -186,11 +193,8 @@ def _as_first(network: Network, command: Sequence[str], environ: dict[str, str],
         environ["TMPDIR"] = TEMPORARY
         environ[VARIABLE] = ",".join(f"{network.address(host)}={pid}" for host, pid in enumerate(pids))
         job = subprocess.Popen(command, env=environ, preexec_fn=lambda: _join(pids[0]), start_new_session=True)
-    except LaunchError as error:
-        os.write(told, str(error).encode())
-        return 2
-    except (OSError, subprocess.SubprocessError) as error:
-        os.write(told, f"emulated hosts cannot be made here ({error}); be root, or allow user namespaces".encode())
+    except (LaunchError, OSError, subprocess.SubprocessError) as error:
+        os.write(told, _why_not(error))
         return 2
     os.close(told)
     for each in FORWARDED_SIGNALS:
@@ -198,8 +202,18 @@ def _as_first(network: Network, command: Sequence[str], environ: dict[str, str],
     while True:  # whose parents end become this process's children
         pid, status = os.wait()
         if pid == job.pid:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
+            return _exit_code(status)
+
+
+def _why_not(error: BaseException) -> bytes:
+    if isinstance(error, LaunchError):
+        return str(error).encode()
+    return f"emulated hosts cannot be made here ({error}); be root, or allow user namespaces".encode()
+
+
+def _exit_code(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
 
 
 def commands(network: Network, pids: Sequence[int]) -> list[list[str]]:

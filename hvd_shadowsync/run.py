@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvd_shadowsync import emulated
-from hvd_shadowsync.command import Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
+from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
     "openmpi": r"\((?:Open MPI|OpenRTE)\) (\d+(?:\.\d+)*)",
@@ -26,7 +26,6 @@ VERSION_PATTERNS: Mapping[Kind, str] = {
 }
 PYTHONS = ("python", "python3")
 PROBE_TIMEOUT_S = 60
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 10.0
 MPI_ON_EMULATED = (
     "--prtemca", "plm_ssh_agent", emulated.AGENT, "--prtemca", "prte_if_include", f"{emulated.SUBNET}.0/24",
@@ -330,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = _network(options)
         if network is not None and mpi.kind != "openmpi":
             raise LaunchError(f"--emulated needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
+        if network is not None:
+            command = emulated.wrapped(network, command)
     except LaunchError as error:
         print(f"shadowrun: {error}", file=sys.stderr)
         return 2
@@ -339,12 +340,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verbose:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
-    if network is not None:
-        try:
-            return emulated.run(network, command, environ)
-        except LaunchError as error:
-            print(f"shadowrun: {error}", file=sys.stderr)
-            return 2
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     os.execvpe(command[0], command, environ)

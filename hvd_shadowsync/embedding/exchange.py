@@ -15,11 +15,8 @@ from hvd_shadowsync.embedding.inputs import Batch, empty_batch
 from hvd_shadowsync.embedding.meeting import Call, Meetings, Word, takes_part
 from hvd_shadowsync.embedding.messages import Messages
 from hvd_shadowsync.embedding.onehost import OneHost
-from hvd_shadowsync.embedding.routing import Ask, Lookup, Router, Traffic, exponent_of
+from hvd_shadowsync.embedding.routing import KEPT, Ask, Lookup, Router, Traffic, exponent_of, remember
 from hvd_shadowsync.errors import EmbeddingError
-
-KEPT = 64
-"""Lookups of others that a rank without data remembers, from the last on, until their update."""
 
 
 class Exchange:
@@ -117,9 +114,8 @@ class Exchange:
             if calls:
                 self._serve(calls.pop(), words, dtype)
             elif not closing or all(word.call == Call.CLOSE for word in words):
-                if closing or not any(
-                    word.about for word in words
-                ):  # no rank will run backward through what it looked up
+                awaited = any(word.about for word in words)  # a rank may run backward through what it looked up yet
+                if closing or not awaited:
                     self._served.clear()
                 return
 
@@ -130,7 +126,7 @@ class Exchange:
         """Say that `lookup` will have no gradient here; while this rank serves others, it counts as zero."""
         self._begun.pop(lookup.number, None)
         lookup.out = self.stage(lookup, torch.zeros_like(lookup.out), keep=True)
-        self._keep(lookup)
+        remember(self._served, lookup.number, lookup)
 
     def _serve(self, call: Call, words: list[Word], dtype: torch.dtype) -> None:
         nothing = empty_batch(self._router.layout.features)
@@ -143,7 +139,7 @@ class Exchange:
             carrier.look_up(lookup, None, words, dtype)
             self.traffic.lookups += 1
             if about:
-                self._keep(lookup)
+                remember(self._served, lookup.number, lookup)
         elif call is Call.UPDATE:
             if about not in self._served:
                 raise EmbeddingError(
@@ -160,12 +156,6 @@ class Exchange:
         self._begun.pop(lookup.number, None)
         self._carrier_of(lookup).update(lookup, gradient, exponent, words)
         self.traffic.updates += 1
-
-    def _keep(self, lookup: Lookup) -> None:
-        """Keep a lookup for the update of others that may follow."""
-        self._served[lookup.number] = lookup
-        while len(self._served) > KEPT:
-            del self._served[next(iter(self._served))]
 
     def _take_settings_of(self, rank: int) -> None:
         """Let ranks that have no batches update their rows as those do that have (collective)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,11 @@ from hvd_shadowsync.embedding.kernels.base import Bags, Gradient, Kernel, Part, 
 from hvd_shadowsync.embedding.layout import Layout, Piece
 from hvd_shadowsync.embedding.shards import Shards
 
+T = TypeVar("T")
+
 CHUNK_BYTES = 1 << 20
+KEPT = 64
+"""Lookups of another rank that one remembers, from the last on; older ones can have no update any more."""
 PIECE_WORDS = 3
 HAS_LENGTHS, HAS_WEIGHTS = 1, 2
 SEEN_AGAIN = 64
@@ -291,6 +295,13 @@ def exponent_of(gradient: Tensor, wire_dtype: torch.dtype | None) -> int:
     """Return e such that 2^e times `gradient` is well within half precision; 0 where it travels as it is."""
     peak = gradient.abs().amax().item() if wire_dtype is torch.float16 and gradient.numel() else 0.0
     return min(8 - math.frexp(peak)[1], MOST_EXPONENT) if peak and math.isfinite(peak) else 0
+
+
+def remember(lookups: dict[int, T], number: int, lookup: T) -> None:
+    """Keep what the update of another rank's lookup needs; forget the oldest of more than `KEPT`."""
+    lookups[number] = lookup
+    while len(lookups) > KEPT:
+        del lookups[next(iter(lookups))]
 
 
 def _columns(vectors: Tensor, piece: Piece) -> Tensor:

@@ -19,13 +19,11 @@ from hvd_shadowsync.comm.service import Service
 from hvd_shadowsync.embedding.inputs import Batch
 from hvd_shadowsync.embedding.kernels.base import Bags
 from hvd_shadowsync.embedding.meeting import Call, Meetings, Word
-from hvd_shadowsync.embedding.routing import Lookup, Router, Run, Traffic, exponent_of, pack, unpack
+from hvd_shadowsync.embedding.routing import KEPT, Lookup, Router, Run, Traffic, exponent_of, pack, remember, unpack
 from hvd_shadowsync.errors import EmbeddingError
 
 LOOKUP, UPDATE = 0, 1
 TICKETS = 1 << 13
-KEPT = 64
-"""Lookups of a rank that an owner remembers, from the last on; older ones can have no update any more."""
 APPLIED, FORGOTTEN = 0, 1
 HEAD = struct.Struct("dd")
 """What an update begins with: the scale of its gradients, and nothing, so that they begin at a multiple of 16."""
@@ -142,10 +140,7 @@ class Served:
         words = payload.view(torch.int32)
         bags = unpack(words[1:], len(self._router.pieces), self._dtype)
         if words[0]:
-            kept = self._received[source]
-            kept[ticket] = bags
-            while len(kept) > KEPT:
-                del kept[next(iter(kept))]
+            remember(self._received[source], ticket, bags)
         vectors = self._router.answer(bags, _whole(bags, [piece.dim for piece in self._router.pieces]), self._dtype)
         reply = vectors.to(self._wire_dtype or vectors.dtype)
         self.traffic.vector_bytes += reply.nbytes

@@ -31,8 +31,8 @@ from hvd_shadowsync.embedding import (
     Plan,
     RowWiseAdagrad,
     ShardedEmbeddingBag,
-    exchange,
     files,
+    routing,
 )
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.owned import is_owned
@@ -557,7 +557,7 @@ def test_saving_while_others_have_lookups_ahead(tmp_path: Path) -> None:
 
 def test_a_rank_without_data_remembers_few_lookups() -> None:
     def use(module: ShardedEmbeddingBag) -> int:
-        for _ in range(0 if module.rank else 3 * exchange.KEPT):
+        for _ in range(0 if module.rank else 3 * routing.KEPT):
             module(IDS)
         held = module(IDS) if module.rank == 0 else None
         module.join()
@@ -565,7 +565,7 @@ def test_a_rank_without_data_remembers_few_lookups() -> None:
         served = len(module._exchange._served)  # type: ignore[union-attr]
         return served if held is None else 0
 
-    assert on_two(use) == [0, exchange.KEPT]
+    assert on_two(use) == [0, routing.KEPT]
 
 
 def test_two_modules_of_which_one_looks_ahead_on_uneven_data() -> None:

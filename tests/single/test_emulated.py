@@ -64,6 +64,19 @@ def test_options_of_shadowrun_that_do_not_go_together(
     assert message in capsys.readouterr().err
 
 
+def test_a_dry_run_shows_what_makes_the_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        mpi = run.detect_mpi()
+    except LaunchError as error:
+        pytest.skip(str(error))
+    if mpi.kind != "openmpi":
+        pytest.skip("needs Open MPI")
+    assert run.main(["--emulated", "2", "--rate", "100mbit", "-np", "2", "--dry-run", "python", "train.py"]) == 0
+    shown = capsys.readouterr().out
+    assert "-m hvd_shadowsync.emulated --hosts=2 --rate=100mbit " in shown
+    assert shown.index(" -- ") < shown.index(mpi.mpirun) < shown.index("train.py")
+
+
 def test_the_command_of_a_job_on_emulated_hosts() -> None:
     given = ["--emulated", "2", "-np", "4", "--mpirun-args=--tag-output", "python", "train.py"]
     options = run.parser().parse_args(given)
