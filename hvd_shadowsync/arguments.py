@@ -55,7 +55,11 @@ def check_rounds_state(state: Any) -> None:
 
 
 def round_options(
-    algorithm: Algorithm | None, merge: str, wire_dtype: torch.dtype | None, foreground: bool
+    algorithm: Algorithm | None,
+    merge: str,
+    wire_dtype: torch.dtype | None,
+    foreground: bool,
+    hierarchical: bool | str = "auto",
 ) -> RoundOptions:
     """Return checked options of rounds."""
     algorithm = ModelAveraging() if algorithm is None else algorithm
@@ -72,7 +76,9 @@ def round_options(
         )
     if wire_dtype not in WIRE_DTYPES:
         raise ValueError(f"wire_dtype={wire_dtype!r} is not supported; give torch.float16, torch.bfloat16 or None")
-    return RoundOptions(algorithm, merge, wire_dtype, bool(foreground))
+    if not (isinstance(hierarchical, bool) or hierarchical == "auto"):
+        raise ValueError(f"hierarchical={hierarchical!r} is not supported; give 'auto', True or False")
+    return RoundOptions(algorithm, merge, wire_dtype, bool(foreground), hierarchical)
 
 
 def check_combinations(options: RoundOptions, apply: str, sync_every: int | None) -> None:
@@ -81,6 +87,9 @@ def check_combinations(options: RoundOptions, apply: str, sync_every: int | None
         raise ValueError("foreground=True needs sync_every=k, the steps from round to round; give it")
     if options.foreground and apply == "hogwild":
         raise ValueError("apply='hogwild' is for background rounds; leave out foreground=True or apply")
+    if options.hierarchical is True and (options.foreground or options.algorithm.asynchronous):
+        what = "foreground=True" if options.foreground else type(options.algorithm).__name__
+        raise ValueError(f"hierarchical=True has no meaning with {what}, whose ranks all exchange; leave it out")
     if options.algorithm.asynchronous and options.wire_dtype is not None:
         raise ValueError(
             f"wire_dtype={options.wire_dtype} is not available with {type(options.algorithm).__name__}; "

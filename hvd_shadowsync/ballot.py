@@ -47,19 +47,21 @@ class Ballot:
         counts: whether its replica counts in the mean; False once a rank has nothing new to contribute.
         layout: fingerprint of its replica's names, shapes and dtypes, non-negative.
         spent_us: CPU time that it has spent on synchronisation since its last vote, microseconds.
+        cost_us: how long after the last round began the next could, as to the way it was sent, microseconds.
     """
 
     intent: Intent
     counts: bool
     layout: int
     spent_us: int = 0
+    cost_us: int = 0
 
     def encode(self) -> Tensor:
         """Return the ballot as a vector, int64."""
-        return torch.tensor([self.intent, self.counts, self.layout, self.spent_us], dtype=torch.int64)
+        return torch.tensor([self.intent, self.counts, self.layout, self.spent_us, self.cost_us], dtype=torch.int64)
 
 
-NUM_FIELDS = 4
+NUM_FIELDS = 5
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,15 @@ class Count:
     weights: tuple[float, ...]
     intents: tuple[Intent, ...]
     most_spent_us: int
+    most_cost_us: int
 
 
 def count(votes: Tensor, agreed_layout: int) -> Count:
-    """Return what follows from `votes`, int64 of shape (size, 4), where the last rounds had `agreed_layout`."""
-    intents, counts, layouts, spent_us = votes.T.tolist()
+    """Return what follows from `votes`, int64 of shape (size, 5), where the last rounds had `agreed_layout`."""
+    intents, counts, layouts, spent_us, cost_us = votes.T.tolist()
     weights = tuple(map(float, counts)) if any(counts) else (1.0,) * len(counts)
     verdict = _verdict(set(intents), set(layouts), agreed_layout)
-    return Count(verdict, weights, tuple(map(Intent, intents)), max(spent_us))
+    return Count(verdict, weights, tuple(map(Intent, intents)), max(spent_us), max(cost_us))
 
 
 def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:

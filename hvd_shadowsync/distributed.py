@@ -42,6 +42,7 @@ def DistributedOptimizer(
     apply: str = "boundary",
     sync_buffers: bool | None = None,
     wire_dtype: torch.dtype | None = None,
+    hierarchical: bool | str = "auto",
     initial_weights: str = "broadcast",
     end_job_on_exception: bool = True,
 ) -> torch.optim.Optimizer:
@@ -61,7 +62,7 @@ def DistributedOptimizer(
         sparse_as_dense: in the warm-up, leave averaged gradients dense.
         process_set: synchronise over the ranks of this set only; default all.
         algorithm, model, sync_every, sync_interval_ms, cpu_budget, warmup_steps, merge, foreground, apply,
-        sync_buffers, wire_dtype, initial_weights, end_job_on_exception: as for `ShadowSync`.
+        sync_buffers, wire_dtype, hierarchical, initial_weights, end_job_on_exception: as for `ShadowSync`.
 
     Returns:
         `optimizer` itself. `optimizer.shadow` is the `ShadowSync`; `optimizer.synchronize()` and
@@ -92,6 +93,7 @@ def DistributedOptimizer(
         apply=apply,
         sync_buffers=sync_buffers,
         wire_dtype=_wire_dtype(compression, wire_dtype),
+        hierarchical=hierarchical,
         sparse_as_dense=sparse_as_dense,
         initial_weights=initial_weights,
         communicator=members,

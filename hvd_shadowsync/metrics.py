@@ -33,6 +33,10 @@ class RoundMetrics:
     | cpu_share | CPU time of the communicator thread and of merges, per second of wall clock |
     | distance | of the replica from the last round's anchor, over the anchor's norm, on a sample of each slice |
     | surviving_progress | share of the last round's in-flight steps that the merge kept, on a sample of weights |
+    | chunk_bytes | what a round puts into one collective call; nan where it is not sent in chunks |
+    | chunks_in_flight | how many of those are under way at a time; nan likewise |
+    | pause_ms | longest pause between two looks at them; nan likewise |
+    | searching | 1 while rounds still try what to choose for these three, 0 then |
     """
 
     steps: int = 0
@@ -44,6 +48,10 @@ class RoundMetrics:
     cpu_s: float = 0.0
     distance: float = math.nan
     surviving_progress: float = math.nan
+    chunk_bytes: float = math.nan
+    chunks_in_flight: float = math.nan
+    pause_ms: float = math.nan
+    searching: bool = False
     started: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -61,6 +69,10 @@ class RoundMetrics:
                 "cpu_share": (self.cpu_s + self.merge_s) / max(time.monotonic() - self.started, 1e-9),
                 "distance": self.distance,
                 "surviving_progress": self.surviving_progress,
+                "chunk_bytes": self.chunk_bytes,
+                "chunks_in_flight": self.chunks_in_flight,
+                "pause_ms": self.pause_ms,
+                "searching": float(self.searching),
             }
 
     def restore(self, counters: Mapping[str, int]) -> None:

@@ -75,6 +75,9 @@ class ShadowSync:
         sync_buffers: average the model's floating-point buffers (batch-norm statistics) and take integer buffers from
             rank 0; default True where `model` is given.
         wire_dtype: torch.float16 or torch.bfloat16 for what travels, summed in float32; default None, no change.
+        hierarchical: between hosts that have several ranks each, let those of a host average through memory that they
+            share, and one of them go on the network: "auto" (default) where they can share, True (warns where they
+            cannot), False. S-EASGD and foreground rounds know no hosts.
         sparse_as_dense: leave gradients dense that were sparse before the warm-up averaged them; default False.
         initial_weights: "broadcast" (default) from rank 0, or "check" that they are equal.
         communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
@@ -105,13 +108,14 @@ class ShadowSync:
         sync_buffers: bool | None = None,
         wire_dtype: torch.dtype | None = None,
         sparse_as_dense: bool = False,
+        hierarchical: bool | str = "auto",
         initial_weights: str = "broadcast",
         communicator: Communicator | None = None,
         end_job_on_exception: bool = True,
     ) -> None:
         mpi.end_job_on_exception(end_job_on_exception)
         arguments.check_optimizer(optimizer)
-        self._options = arguments.round_options(algorithm, merge, wire_dtype, foreground)
+        self._options = arguments.round_options(algorithm, merge, wire_dtype, foreground, hierarchical)
         self._pacing = Pacing(sync_every, sync_interval_ms, cpu_budget)
         self._apply = choice("apply", apply, APPLIES)
         self._initial = choice("initial_weights", initial_weights, INITIALS)
@@ -496,7 +500,14 @@ class ShadowSync:
         if self._driver is None:
             if self._warmup.steps:
                 self._start_alike(self._warmup.root)
-            rounds = Rounds(self._comm.dup(), self._replica, self._options, self._metrics, self._poller)
+            rounds = Rounds(
+                self._comm.dup(),
+                self._replica,
+                self._options,
+                self._metrics,
+                self._poller,
+                cpu_budget=self._pacing.cpu_budget,
+            )
             self._recall(rounds)
             self._driver = self._make_driver(rounds)
             if self._paused:

@@ -89,6 +89,17 @@ class Communicator(ABC):
         """
 
     @abstractmethod
+    def hosts(self) -> list[int]:
+        """Return for each rank the first rank of the host that it is on (collective, blocking)."""
+
+    @abstractmethod
+    def split(self, color: int | None) -> Communicator | None:
+        """Return a communicator of the ranks that gave the same `color`, in their order (collective, blocking).
+
+        None where `color` is None.
+        """
+
+    @abstractmethod
     def dup(self) -> Communicator:
         """Return a communicator of the same ranks whose traffic is apart from this one's (collective, blocking)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,14 +19,22 @@ T = TypeVar("T")
 BLOCKING_TIMEOUT_S = 60.0
 
 
-def run(size: int, program: Callable[[Communicator], T], *, timeout_s: float = BLOCKING_TIMEOUT_S) -> list[T]:
+def run(
+    size: int,
+    program: Callable[[Communicator], T],
+    *,
+    timeout_s: float = BLOCKING_TIMEOUT_S,
+    hosts: Sequence[int] | None = None,
+) -> list[T]:
     """Run `program(communicator)` on `size` ranks, each a thread of this process; return the results by rank.
+
+    `hosts` as for `world`.
 
     Raises:
         TransportError: a rank did not end within `timeout_s`; names it.
         Exception: the first error that a rank raised.
     """
-    ranks = world(size)
+    ranks = world(size, hosts)
     results: list[Any] = [None] * size
     failures: list[tuple[int, BaseException]] = []
 
@@ -49,9 +57,12 @@ def run(size: int, program: Callable[[Communicator], T], *, timeout_s: float = B
     return results
 
 
-def world(size: int) -> list[Communicator]:
-    """Return the communicators of a world of `size` ranks in this process, by rank."""
-    shared = _Shared(size)
+def world(size: int, hosts: Sequence[int] | None = None) -> list[Communicator]:
+    """Return the communicators of a world of `size` ranks in this process, by rank.
+
+    `hosts` has the number of each rank's host, for programs that mind; by default all are on one.
+    """
+    shared = _Shared([0] * size if hosts is None else list(hosts))
     return [LocalCommunicator(shared, rank) for rank in range(size)]
 
 
@@ -74,12 +85,12 @@ class _Done:
 class _Shared:
     """What the ranks of one communicator have in common."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, hosts: list[int]) -> None:
+        self.hosts, self.size = hosts, len(hosts)
         self.changed = threading.Condition()
         self.collectives: dict[int, _Collective] = {}
-        self.mailboxes: list[list[_Letter]] = [[] for _ in range(size)]
-        self.duplicates: dict[int, _Shared] = {}
+        self.mailboxes: list[list[_Letter]] = [[] for _ in hosts]
+        self.parts: dict[tuple[int, int], _Shared] = {}
 
     def join(
         self, number: int, kind: str, rank: int, deposit: Any, combine: Callable[[dict[int, Any]], None]
@@ -96,9 +107,9 @@ class _Shared:
                 self.changed.notify_all()
             return collective
 
-    def duplicate(self, number: int) -> _Shared:
+    def part(self, number: int, color: int, members: list[int]) -> _Shared:
         with self.changed:
-            return self.duplicates.setdefault(number, _Shared(self.size))
+            return self.parts.setdefault((number, color), _Shared([self.hosts[rank] for rank in members]))
 
 
 class _Letter:
@@ -147,7 +158,7 @@ class LocalCommunicator(Communicator):
         self.rank, self.size = rank, shared.size
         self._shared = shared
         self._numbers = itertools.count()
-        self._duplicates = itertools.count()
+        self._parts = itertools.count()
 
     def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         """See `Communicator.iallreduce`."""
@@ -210,11 +221,25 @@ class LocalCommunicator(Communicator):
 
     def share(self, num_bytes: int) -> SharedMemory | None:
         """See `Communicator.share`."""
-        return _Segments(self._gather("share", torch.zeros(num_bytes, dtype=torch.uint8)))
+        own = torch.zeros(num_bytes, dtype=torch.uint8)
+        return _Segments(self._gather("share", own)) if len(set(self.hosts())) == 1 else None
+
+    def hosts(self) -> list[int]:
+        """See `Communicator.hosts`."""
+        return [self._shared.hosts.index(host) for host in self._shared.hosts]
+
+    def split(self, color: int | None) -> Communicator | None:
+        """See `Communicator.split`."""
+        colors = self._gather("split", color)
+        members = [rank for rank, each in enumerate(colors) if each == color]
+        number = next(self._parts)
+        if color is None:
+            return None
+        return LocalCommunicator(self._shared.part(number, color, members), members.index(self.rank))
 
     def dup(self) -> Communicator:
         """See `Communicator.dup`."""
-        return LocalCommunicator(self._shared.duplicate(next(self._duplicates)), self.rank)
+        return LocalCommunicator(self._shared.part(next(self._parts), 0, list(range(self.size))), self.rank)
 
     def free(self) -> None:
         """See `Communicator.free`."""

@@ -203,6 +203,7 @@ class MpiCommunicator(Communicator):
         _IN_USE.add(self._mpi)
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
+        self._hosts: list[int] | None = None
 
     def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         """See `Communicator.iallreduce`."""
@@ -250,10 +251,20 @@ class MpiCommunicator(Communicator):
 
     def share(self, num_bytes: int) -> SharedMemory | None:
         """See `Communicator.share`."""
-        host = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-        on_one_host = host.size == self.size
-        host.Free()
-        return self._attach_all(num_bytes) if on_one_host else None
+        return self._attach_all(num_bytes) if len(set(self.hosts())) == 1 else None
+
+    def hosts(self) -> list[int]:
+        """See `Communicator.hosts`."""
+        if self._hosts is None:
+            host = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+            self._hosts = self.allgather_object(host.bcast(self.rank, 0))
+            host.Free()
+        return self._hosts
+
+    def split(self, color: int | None) -> Communicator | None:
+        """See `Communicator.split`."""
+        part = self._comm.Split(self._mpi.UNDEFINED if color is None else color, self.rank)
+        return None if color is None else MpiCommunicator(part)
 
     def _attach_all(self, num_bytes: int) -> SharedMemory | None:
         file, segments, failure = None, [], ""

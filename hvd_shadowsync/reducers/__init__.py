@@ -2,7 +2,22 @@
 
 from hvd_shadowsync.reducers.base import Reducer
 from hvd_shadowsync.reducers.elastic import ElasticCenter, ElasticInTurn
+from hvd_shadowsync.reducers.hierarchical import HierarchicalMean, Hosts
 from hvd_shadowsync.reducers.host import HostMean, HostMemory
-from hvd_shadowsync.reducers.mean import AllReduceMean, OwnerMean
+from hvd_shadowsync.reducers.mean import AllReduceMean, ChunkedMean, OwnerMean
+from hvd_shadowsync.reducers.transfer import Search, Transfer
 
-__all__ = ["AllReduceMean", "ElasticCenter", "ElasticInTurn", "HostMean", "HostMemory", "OwnerMean", "Reducer"]
+__all__ = [
+    "AllReduceMean",
+    "ChunkedMean",
+    "ElasticCenter",
+    "ElasticInTurn",
+    "HierarchicalMean",
+    "HostMean",
+    "HostMemory",
+    "Hosts",
+    "OwnerMean",
+    "Reducer",
+    "Search",
+    "Transfer",
+]

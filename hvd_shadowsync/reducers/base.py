@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from hvd_shadowsync.reducers.transfer import Transfer
+
 CHUNK_BYTES = 1 << 20
 
 Slices = Iterator[tuple[slice, Tensor]]
@@ -30,12 +32,18 @@ class Reducer(ABC):
     sliced = False
     """Whether `reduce` asks for the snapshot slice by slice."""
 
+    tunable = False
+    """Whether it matters how bytes are sent: whether `use` changes anything."""
+
     @abstractmethod
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """Reduce the flat `snapshot`; `weights[r]` is how much rank r counts, the same list on every rank.
 
         With `sliced`, `fill` is called with a slice before it is read: it may take that part of the snapshot only then.
         """
+
+    def use(self, transfer: Transfer) -> None:  # noqa: B027 (where nothing is sent in chunks)
+        """Send as `transfer` says, from the next reduction on; the same on every rank."""
 
     def rebase(self, anchor: Tensor) -> None:  # noqa: B027 (most reducers remember nothing)
         """Take note that all replicas stand at `anchor` (flat, bit-identical on every rank)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -19,67 +20,112 @@ WAITING = Poller(spin_s=0.00005, eager=0, shortest_s=0.00002, growth=1.2)
 
 
 class HostMemory:
-    """What the ranks of one host share for `HostMean`: their snapshots, two blocks of sums, and counters.
+    """What the ranks of one host share: their snapshots, room for sums, and counters of how far each of them is.
 
     Args:
         comm: over ranks that are all on one host.
         memory: what `of` asked for.
         numel, dtype: of a snapshot.
-        chunk_bytes: size of a block.
+        room: elements for sums.
     """
 
-    def __init__(
-        self, comm: Communicator, memory: SharedMemory, numel: int, dtype: torch.dtype, chunk_bytes: int
-    ) -> None:
+    def __init__(self, comm: Communicator, memory: SharedMemory, numel: int, dtype: torch.dtype, room: int) -> None:
         self.rank, self.size = comm.rank, comm.size
         self.numel, self.dtype = numel, dtype
-        self.fence = memory.fence
-        self.chunk = _chunk(numel, dtype, chunk_bytes)
+        self._fence = memory.fence
         common, counters = memory.segments[0], comm.size * COUNTER_BYTES
-        self.counters = common[:counters].view(torch.int64).view(comm.size, -1).numpy()
-        sums = common[counters : counters + 2 * self.chunk * dtype.itemsize].view(dtype)
-        self.sums = (sums[: self.chunk], sums[self.chunk :])
+        self._counters = common[:counters].view(torch.int64).view(comm.size, -1).numpy()
+        self.sums = common[counters : counters + room * dtype.itemsize].view(dtype)
         self.snapshots = [segment[-(numel * dtype.itemsize) :].view(dtype)[:numel] for segment in memory.segments]
 
     @classmethod
-    def of(
-        cls, comm: Communicator, numel: int, dtype: torch.dtype, *, chunk_bytes: int = BLOCK_BYTES
-    ) -> HostMemory | None:
-        """Return memory for snapshots of `numel` elements; None on every rank where they cannot share (collective)."""
-        own = -(-numel * dtype.itemsize // PAGE) * PAGE or PAGE
+    def of(cls, comm: Communicator, numel: int, dtype: torch.dtype, *, room: int | None = None) -> HostMemory | None:
+        """Return memory for snapshots of `numel` elements; None on every rank where they cannot share (collective).
+
+        `room` is for sums, in elements; by default what `HostMean` needs.
+        """
+        room = 2 * _chunk(numel, dtype, BLOCK_BYTES) if room is None else room
+        own = _whole_pages(numel * dtype.itemsize) or PAGE
         if comm.rank == 0:
-            common = comm.size * COUNTER_BYTES + 2 * _chunk(numel, dtype, chunk_bytes) * dtype.itemsize
-            own += -(-common // PAGE) * PAGE
+            own += _whole_pages(comm.size * COUNTER_BYTES + room * dtype.itemsize)
         memory = comm.share(own)
-        return None if memory is None else cls(comm, memory, numel, dtype, chunk_bytes)
+        return None if memory is None else cls(comm, memory, numel, dtype, room)
+
+    def count(self, column: Reached, number: int) -> None:
+        """Tell the others that this rank has got as far as `number`: they see all that it wrote before."""
+        self._fence()
+        self._counters[self.rank, column] = number
+
+    def counted(self, column: Reached, rank: int | None = None) -> int:
+        """Return how far `rank` has got; by default that of all ranks which is least far."""
+        if rank is not None:
+            return int(self._counters[rank, column])
+        return int(self._counters[:, column].min())
+
+    def wait(self, poller: Poller, column: Reached, number: int) -> None:
+        """Return when all ranks have got as far as `number`; what they wrote before is there then."""
+        poller.wait([_Count(self, column, number)])
+        self._fence()
+
+    def fence(self) -> None:
+        """Order this rank's reads after what it has read of the others' counters."""
+        self._fence()
+
+    def average(self, block: slice, weights: Sequence[float], out: Tensor) -> None:
+        """Write this rank's shard of the weighted mean of all snapshots' `block` into `out`, as long as the block.
+
+        Nothing where no rank counts.
+        """
+        shard = Shards(block.stop - block.start, self.size).of(self.rank)
+        out = out[shard]
+        counted = [(each[block][shard], weight) for each, weight in zip(self.snapshots, weights, strict=True) if weight]
+        if not counted:
+            return
+        (first, weight), *others = counted
+        if len(others) == 1 and weight == others[0][1]:
+            torch.add(first, others[0][0], out=out).mul_(weight / sum(weights))
+            return
+        torch.mul(first, weight, out=out)
+        for each, weight in others:
+            out.add_(each, alpha=weight)
+        out.div_(sum(weights))
+
+
+class Reached(IntEnum):
+    """What a rank counts in shared memory: blocks of the vector, over all rounds."""
+
+    FILLED = 0  # its snapshot is there
+    SUMMED = 1  # its shard of the host's mean is there
+    REDUCED = 2  # the mean over all hosts is there (the host's first rank counts)
+
+
+@dataclass
+class _Count:
+    """A request that is complete when all ranks have counted to `number`."""
+
+    memory: HostMemory
+    column: Reached
+    number: int
+
+    def test(self) -> bool:
+        return self.memory.counted(self.column) >= self.number
 
 
 def _chunk(numel: int, dtype: torch.dtype, chunk_bytes: int) -> int:
     return max(1, min(chunk_bytes // dtype.itemsize, numel))
 
 
-@dataclass
-class _Reached:
-    """A request that is complete when all ranks have counted to `number`."""
-
-    memory: HostMemory
-    column: int
-    number: int
-
-    def test(self) -> bool:
-        return bool(self.memory.counters[:, self.column].min() >= self.number)
-
-
-FILLED, SUMMED = 0, 1
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE
 
 
 class HostMean(Reducer):
     """The weighted mean of snapshots that lie in shared memory, block by block.
 
     Each rank sums its shard of a block over all snapshots and then reads the whole block of sums, so that a rank reads
-    the snapshots once and the sums once, however many ranks there are; the result is bit-identical on every rank. Two
-    counters of each rank say how far it is: blocks filled, blocks whose shard it has summed. A rank fills block j + 1
-    before it waits for block j, and only after it is through with block j - 1: hence two blocks of sums are enough.
+    the snapshots once and the sums once, however many ranks there are; the result is bit-identical on every rank. A
+    rank fills block j + 1 before it waits for block j, and only after it is through with block j - 1: hence two blocks
+    of sums are enough.
 
     Args:
         memory: with this rank's snapshot, `memory.snapshots[rank]`, which `reduce` is called with.
@@ -91,50 +137,24 @@ class HostMean(Reducer):
 
     def __init__(self, memory: HostMemory, poller: Poller = WAITING) -> None:
         self._memory, self._poller = memory, poller
-        self._shards = Shards(memory.chunk, memory.size)
-        self._begun = int(memory.counters[memory.rank, SUMMED])
+        self._chunk = max(1, memory.sums.numel() // 2)
+        self._begun = memory.counted(Reached.SUMMED, memory.rank)
 
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
-        memory, chunk = self._memory, self._memory.chunk
+        memory, chunk = self._memory, self._chunk
         assert snapshot.data_ptr() == memory.snapshots[memory.rank].data_ptr(), "the snapshot is in shared memory"
         blocks = [slice(start, min(start + chunk, memory.numel)) for start in range(0, memory.numel, chunk)]
-        for index, block in enumerate(blocks):
-            if index == 0:
-                self._fill(block, fill, 1)
-            if index + 1 < len(blocks):
-                self._fill(blocks[index + 1], fill, index + 2)
-            self._await(FILLED, index + 1)
-            self._sum(block, weights, memory.sums[(self._begun + index) % 2])
-            self._publish(SUMMED, index + 1)
-            self._await(SUMMED, index + 1)
-            yield block, memory.sums[(self._begun + index) % 2][: block.stop - block.start]
+        for number, block in enumerate(blocks, self._begun + 1):
+            following = blocks[number - self._begun : number - self._begun + 1]
+            for each in ([block] if block.start == 0 else []) + following:
+                fill(each)
+                memory.count(Reached.FILLED, number + (each is not block))
+            memory.wait(self._poller, Reached.FILLED, number)
+            sums = memory.sums[number % 2 * chunk :][: block.stop - block.start]
+            memory.average(block, weights, sums)
+            memory.count(Reached.SUMMED, number)
+            memory.wait(self._poller, Reached.SUMMED, number)
+            yield block, sums
         self._begun += len(blocks)
         self.bytes_sent += 2 * (memory.size - 1) * snapshot.nbytes // memory.size
-
-    def _fill(self, block: slice, fill: Fill, number: int) -> None:
-        fill(block)
-        self._publish(FILLED, number)
-
-    def _sum(self, block: slice, weights: Sequence[float], sums: Tensor) -> None:
-        shard = self._shards.of(self._memory.rank)
-        out = sums[: block.stop - block.start][shard]
-        counted = [
-            (each[block][shard], weight) for each, weight in zip(self._memory.snapshots, weights, strict=True) if weight
-        ]
-        (first, weight), *others = counted
-        if len(others) == 1 and weight == others[0][1]:
-            torch.add(first, others[0][0], out=out).mul_(weight / sum(weights))
-            return
-        torch.mul(first, weight, out=out)
-        for each, weight in others:
-            out.add_(each, alpha=weight)
-        out.div_(sum(weights))
-
-    def _publish(self, column: int, number: int) -> None:
-        self._memory.fence()
-        self._memory.counters[self._memory.rank, column] = self._begun + number
-
-    def _await(self, column: int, number: int) -> None:
-        self._poller.wait([_Reached(self._memory, column, self._begun + number)])
-        self._memory.fence()

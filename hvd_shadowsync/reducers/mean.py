@@ -4,48 +4,73 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.reducers.base import CHUNK_BYTES, Fill, Reducer, Shards, Slices, as_it_is, pack
+from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is
+from hvd_shadowsync.reducers.transfer import Transfer
 
-IN_FLIGHT = 2
 
-
-class AllReduceMean(Reducer):
-    """The weighted mean of the snapshots by `Iallreduce`, in chunks, a few of them in flight.
+class ChunkedMean(Reducer):
+    """What the two have in common: the vector goes on the wire in chunks, a few of them in flight.
 
     Args:
         comm: used by this reducer alone.
         poller: how to wait.
-        chunk_bytes: size of a chunk; default 1 MiB, which stays in a core's cache between its sum and its update.
-        in_flight: chunks under way at a time; default 2.
+        chunk_bytes: size of a chunk; by default what `Transfer.between` says.
+        in_flight: chunks under way at a time; by default the same.
     """
 
-    sliced = True
+    sliced = tunable = True
 
     def __init__(
-        self, comm: Communicator, poller: Poller, *, chunk_bytes: int = CHUNK_BYTES, in_flight: int = IN_FLIGHT
+        self, comm: Communicator, poller: Poller, *, chunk_bytes: int | None = None, in_flight: int | None = None
     ) -> None:
+        start = Transfer.between(comm.size)
         self._comm, self._poller = comm, poller
-        self._chunk_bytes, self._in_flight = chunk_bytes, in_flight
+        self._chunk_bytes, self._in_flight = chunk_bytes or start.chunk_bytes, in_flight or start.in_flight
+
+    def use(self, transfer: Transfer) -> None:
+        """See `Reducer.use`."""
+        self._chunk_bytes, self._in_flight = transfer.chunk_bytes, transfer.in_flight
+        self._poller = transfer.poller(self._poller)
+
+    def _chunk(self, snapshot: Tensor) -> int:
+        return max(1, min(self._chunk_bytes // snapshot.element_size(), snapshot.numel()))
+
+    def _chunks(self, snapshot: Tensor) -> Iterator[slice]:
+        chunk = self._chunk(snapshot)
+        for start in range(0, snapshot.numel(), chunk):
+            yield slice(start, min(start + chunk, snapshot.numel()))
+
+
+class AllReduceMean(ChunkedMean):
+    """The weighted mean of the snapshots by `Iallreduce`; arguments as for `ChunkedMean`."""
+
+    def __init__(
+        self, comm: Communicator, poller: Poller, *, chunk_bytes: int | None = None, in_flight: int | None = None
+    ) -> None:
+        super().__init__(comm, poller, chunk_bytes=chunk_bytes, in_flight=in_flight)
         self._free: list[Tensor] = []
+
+    def use(self, transfer: Transfer) -> None:
+        """See `Reducer.use`."""
+        super().use(transfer)
+        self._free = []
 
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
         own, total = weights[self._comm.rank], sum(weights)
-        chunk = max(1, min(self._chunk_bytes // snapshot.element_size(), snapshot.numel()))
         flying: deque[tuple[slice, Tensor, Request]] = deque()
-        for start in range(0, snapshot.numel(), chunk):
+        for part in self._chunks(snapshot):
             if len(flying) == self._in_flight:
                 yield from self._land(flying, total)
-            part = slice(start, min(start + chunk, snapshot.numel()))
             fill(part)
-            flying.append((part, *self._post(snapshot[part], own, chunk)))
+            flying.append((part, *self._post(snapshot[part], own, self._chunk(snapshot))))
         while flying:
             yield from self._land(flying, total)
 
@@ -69,19 +94,17 @@ class AllReduceMean(Reducer):
         self._free.append(_whole(values))
 
 
-class OwnerMean(Reducer):
-    """The weighted mean, summed by the owner of each slice in rank order: `Ialltoall`, sum, `Iallgather`.
+class OwnerMean(ChunkedMean):
+    """The weighted mean, each rank summing its row of a chunk in rank order: `Ialltoall`, sum, `Iallgather`.
 
-    As many bytes as a ring allreduce; the result is bit-identical on every rank and does not depend on the MPI
-    library's choice of algorithm. With `wire_dtype` (float16 or bfloat16) half as many: what travels is the distance
-    of the snapshot from the last mean, which all ranks know, so that small steps are not rounded away; sums are
-    formed in the snapshot's own precision. That last mean costs one more vector.
+    As many bytes as a ring allreduce; the result is bit-identical on every rank and depends neither on the MPI
+    library's choice of algorithm nor on the chunks. With `wire_dtype` (float16 or bfloat16) half as many: what travels
+    is the distance of the snapshot from the last mean, which all ranks know, so that small steps are not rounded away;
+    sums are formed in the snapshot's own precision. That last mean costs one more vector.
 
     Args:
-        comm: used by this reducer alone.
-        poller: how to wait.
+        comm, poller, chunk_bytes, in_flight: as for `ChunkedMean`.
         wire_dtype: dtype of what travels; None for the snapshot's.
-        chunk_bytes: size of the blocks that are exchanged.
     """
 
     def __init__(
@@ -90,11 +113,11 @@ class OwnerMean(Reducer):
         poller: Poller,
         *,
         wire_dtype: torch.dtype | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
+        in_flight: int | None = None,
     ) -> None:
-        self._comm, self._poller = comm, poller
+        super().__init__(comm, poller, chunk_bytes=chunk_bytes, in_flight=in_flight)
         self._wire_dtype = wire_dtype
-        self._chunk_bytes = chunk_bytes
         self._reference: Tensor | None = None
 
     def rebase(self, anchor: Tensor) -> None:
@@ -104,41 +127,51 @@ class OwnerMean(Reducer):
 
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
-        shards = Shards(snapshot.numel(), self._comm.size)
-        flying: deque[tuple[list[slice], Tensor, Request]] = deque()
-        for rows in shards.blocks(max(1, self._chunk_bytes // snapshot.element_size())):
-            outgoing = pack(rows, self._narrow(rows, snapshot))
-            incoming = torch.empty_like(outgoing)
-            flying.append((rows, incoming, self._comm.ialltoall(outgoing, incoming)))
-            self.bytes_sent += 2 * (self._comm.size - 1) * outgoing[0].nbytes
-            if len(flying) == 2:
-                yield from self._land(flying, weights, snapshot.dtype)
-        while flying:
-            yield from self._land(flying, weights, snapshot.dtype)
+        out: deque[tuple[slice, Tensor, Request]] = deque()
+        back: deque[tuple[slice, Tensor, Request]] = deque()
+        for part in self._chunks(snapshot):
+            if len(out) + len(back) >= self._in_flight and back:
+                yield self._land(back, snapshot.dtype)
+            if len(out) >= max(1, self._in_flight // 2):
+                back.append(self._sum(out, weights, snapshot.dtype))
+            fill(part)
+            rows = self._rows(part, snapshot)
+            incoming = torch.empty_like(rows)
+            self.bytes_sent += 2 * (self._comm.size - 1) * rows[0].nbytes
+            out.append((part, incoming, self._comm.ialltoall(rows, incoming)))
+        while out or back:
+            if out:
+                back.append(self._sum(out, weights, snapshot.dtype))
+            if len(back) >= self._in_flight or not out:
+                yield self._land(back, snapshot.dtype)
 
-    def _land(
-        self, flying: deque[tuple[list[slice], Tensor, Request]], weights: Sequence[float], dtype: torch.dtype
-    ) -> Slices:
-        rows, incoming, request = flying.popleft()
+    def _sum(
+        self, out: deque[tuple[slice, Tensor, Request]], weights: Sequence[float], dtype: torch.dtype
+    ) -> tuple[slice, Tensor, Request]:
+        part, incoming, request = out.popleft()
         self._poller.wait([request])
         mean = _weighted_mean(incoming, weights, dtype).to(incoming.dtype)
         gathered = torch.empty_like(incoming)
-        self._poller.wait([self._comm.iallgather(mean, gathered)])
-        for part, values in zip(rows, gathered, strict=True):
-            if part.stop > part.start:
-                yield part, self._widen(part, values[: part.stop - part.start], dtype)
+        return part, gathered, self._comm.iallgather(mean, gathered)
 
-    def _narrow(self, rows: list[slice], snapshot: Tensor) -> list[Tensor]:
-        if self._wire_dtype is None:
-            return [snapshot[part] for part in rows]
-        reference = self._known(snapshot)
-        largest = torch.finfo(self._wire_dtype).max
-        return [(snapshot[part] - reference[part]).clamp_(-largest, largest).to(self._wire_dtype) for part in rows]
+    def _land(self, back: deque[tuple[slice, Tensor, Request]], dtype: torch.dtype) -> tuple[slice, Tensor]:
+        part, gathered, request = back.popleft()
+        self._poller.wait([request])
+        values = gathered.view(-1)[: part.stop - part.start]
+        return part, values if self._reference is None else self._reference[part].add_(values.to(dtype))
 
-    def _widen(self, part: slice, values: Tensor, dtype: torch.dtype) -> Tensor:
-        if self._reference is None:
-            return values
-        return self._reference[part].add_(values.to(dtype))
+    def _rows(self, part: slice, snapshot: Tensor) -> Tensor:
+        """Return what travels of `part` as one row a rank, the last ones padded with zeros."""
+        values, size = snapshot[part], self._comm.size
+        if self._wire_dtype is not None:
+            largest = torch.finfo(self._wire_dtype).max
+            values = (values - self._known(snapshot)[part]).clamp_(-largest, largest).to(self._wire_dtype)
+        length = -(-values.numel() // size)
+        if length * size == values.numel():
+            return values.view(size, length)
+        rows = values.new_zeros(size, length)
+        rows.view(-1)[: values.numel()].copy_(values)
+        return rows
 
     def _known(self, snapshot: Tensor) -> Tensor:
         if self._reference is None:

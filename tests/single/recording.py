@@ -71,6 +71,12 @@ class Recorded(Communicator):
     def share(self, num_bytes: int) -> SharedMemory | None:
         return self._comm.share(num_bytes)
 
+    def hosts(self) -> list[int]:
+        return self._comm.hosts()
+
+    def split(self, color: int | None) -> Communicator | None:
+        return self._comm.split(color)
+
     def dup(self) -> Communicator:
         return self._comm.dup()
 

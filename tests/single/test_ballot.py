@@ -82,11 +82,15 @@ def test_the_rank_that_has_spent_most() -> None:
     assert counted(*(Ballot(TRAIN, True, OLD, spent) for spent in (7, 2**40, 0))).most_spent_us == 2**40
 
 
-def test_a_ballot_is_32_bytes_and_holds_a_fingerprint_whole() -> None:
-    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9).encode()
+def test_the_rank_that_the_last_round_cost_most() -> None:
+    assert counted(*(Ballot(TRAIN, True, OLD, 1, cost) for cost in (7, 2**40, 0))).most_cost_us == 2**40
+
+
+def test_a_ballot_is_40_bytes_and_holds_a_fingerprint_whole() -> None:
+    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9, 8).encode()
     assert encoded.dtype == torch.int64
-    assert encoded.nbytes == 32
-    assert encoded.tolist() == [2, 1, 2**62 - 1, 9]
+    assert encoded.nbytes == 40
+    assert encoded.tolist() == [2, 1, 2**62 - 1, 9, 8]
     assert encoded.numel() == NUM_FIELDS
 
 

@@ -26,6 +26,10 @@ KEYS = [
     "cpu_share",
     "distance",
     "surviving_progress",
+    "chunk_bytes",
+    "chunks_in_flight",
+    "pause_ms",
+    "searching",
 ]
 
 
@@ -53,6 +57,9 @@ def test_before_the_first_round() -> None:
         "merge_ms",
         "distance",
         "surviving_progress",
+        "chunk_bytes",
+        "chunks_in_flight",
+        "pause_ms",
     }
     assert (figures["steps"], figures["rounds"], figures["bytes_sent"], figures["cpu_share"]) == (3, 0, 0, 0)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from hvd_shadowsync import rounds as rounds_module
 from hvd_shadowsync.algorithms import BMUF, Algorithm, ElasticAveraging, ModelAveraging
 from hvd_shadowsync.ballot import Intent, Verdict
+from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ReplicaMismatchError
@@ -592,3 +593,83 @@ def test_hosts_apart_and_new_layouts_reduce_by_messages() -> None:
         return [*names, type(rank.rounds._reducer).__name__]
 
     assert on_ranks(2, program) == [["AllReduceMean", "HostMean", "AllReduceMean"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "expected"),
+    [
+        (ModelAveraging(), {}, "HierarchicalMean"),
+        (BMUF(), {"hierarchical": True}, "HierarchicalMean"),
+        (ModelAveraging(), {"wire_dtype": torch.float16}, "HierarchicalMean"),
+        (ModelAveraging(), {"hierarchical": False}, "AllReduceMean"),
+        (ModelAveraging(), {"foreground": True}, "OwnerMean"),
+        (ElasticAveraging(), {}, "ElasticCenter"),
+    ],
+)
+@pytest.mark.parametrize("hosts", [[0, 0, 1], [0, 1, 0, 1]], ids=str)
+def test_the_reducer_of_several_hosts(
+    hosts: list[int], algorithm: Algorithm, options: dict[str, Any], expected: str
+) -> None:
+    def program(comm: Communicator) -> str:
+        return type(Rank(comm, algorithm, **options).rounds._reducer).__name__
+
+    assert local.run(len(hosts), program, hosts=hosts) == [expected] * len(hosts)
+
+
+def test_a_round_over_several_hosts_by_hand() -> None:
+    def program(comm: Communicator) -> tuple[list[float], list[float], int]:
+        rank = Rank(comm, ModelAveraging(alpha=0.5))
+        rank.weights.fill_(float(comm.rank))
+        rank.buffer.fill_(10.0 * comm.rank)
+        rank.counter.fill_(7 + comm.rank)
+        rank.round()
+        found = rank.weights.tolist(), rank.buffer.tolist(), int(rank.counter)
+        rank.rounds.free()
+        return found
+
+    results = local.run(3, program, hosts=[0, 0, 1])
+    assert results == [([0.5] * 6, [5.0] * 2, 7), ([1.0] * 6, [10.0] * 2, 7), ([1.5] * 6, [15.0] * 2, 7)]
+
+
+# --- how bytes are sent -----------------------------------------------------------------------------------------------
+
+
+def test_the_search_goes_by_the_rank_whose_rounds_cost_most() -> None:
+    """Rank 1 finds eight chunks in flight cheaper, rank 0, which has a shorter way, something else: rank 1's counts."""
+
+    def program(comm: Communicator) -> tuple[list[float], dict[str, float]]:
+        rank = Rank(comm, ModelAveraging(), numel=4 << 20, hierarchical=False)
+        costs = {0: lambda in_flight: 0.001 * in_flight, 1: lambda in_flight: 0.1 / in_flight}
+        rank.rounds._cost_s = lambda _: costs[comm.rank](rank.metrics.chunks_in_flight)  # type: ignore[method-assign]
+        searching = []
+        while not searching or searching[-1]:
+            rank.round()
+            searching.append(rank.metrics.snapshot()["searching"])
+        return searching, rank.metrics.snapshot()
+
+    for searching, metrics in local.run(2, program, hosts=[0, 1]):
+        assert 20 < len(searching) < 40
+        assert (metrics["chunks_in_flight"], metrics["chunk_bytes"], metrics["pause_ms"]) == (8, 1 << 20, 1)
+
+
+def test_a_rounds_cost_is_its_time_or_its_share_of_the_budget() -> None:
+    def program(comm: Communicator) -> list[float]:
+        replica = Replica([NamedTensor("weights", torch.zeros(6))])
+        plain, paced = (
+            Rounds(comm.dup(), replica, RoundOptions(ModelAveraging()), RoundMetrics(), Poller(), cpu_budget=budget)
+            for budget in (None, 0.02)
+        )
+        plain._last_s = paced._last_s = 0.3
+        return [plain._cost_s(0.01), paced._cost_s(0.01), paced._cost_s(0.001)]
+
+    assert local.run(2, program, hosts=[0, 1]) == [[0.3, 0.5, 0.3]] * 2
+
+
+def test_rounds_that_are_not_sent_in_chunks_choose_nothing() -> None:
+    def program(rank: Rank) -> dict[str, float]:
+        rank.round()
+        return rank.metrics.snapshot()
+
+    for metrics in run(2, program):
+        assert math.isnan(metrics["chunk_bytes"])
+        assert metrics["searching"] == 0

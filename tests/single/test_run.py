@@ -18,6 +18,7 @@ from hvd_shadowsync import run
 from hvd_shadowsync.command import Host, Launch, LaunchError, Machine, Mpi, allocate, build_command, with_slots
 
 RING = {"OMPI_MCA_coll_libnbc_iallreduce_algorithm": "ring"}
+TUNED = RING | {"OMPI_MCA_btl_tcp_eager_limit": "528384"}
 OPEN_MPI_4 = Mpi("openmpi", (4, 1, 4), "/mpi/bin/mpirun")
 OPEN_MPI_5 = Mpi("openmpi", (5, 0, 11), "/mpi/bin/mpirun")
 MPICH = Mpi("mpich", (4, 0, 2), "/mpi/bin/mpirun")
@@ -42,21 +43,21 @@ BY_PATH = {"PATH": "/mpi/bin:/usr/bin"}
 @pytest.mark.parametrize(
     ("launch", "mpi", "arguments", "additions"),
     [
-        (PLAIN, OPEN_MPI_4, ["-np", "4", *UNBOUND, *EXPORT], RING | OMP_2),
-        (PLAIN, OPEN_MPI_5, ["-np", "4", *UNBOUND, *EXPORT], RING | OMP_2),
+        (PLAIN, OPEN_MPI_4, ["-np", "4", *UNBOUND, *EXPORT], TUNED | OMP_2),
+        (PLAIN, OPEN_MPI_5, ["-np", "4", *UNBOUND, *EXPORT], TUNED | OMP_2),
         (PLAIN, MPICH, ["-genvall", "-np", "4", "-bind-to", "none"], OMP_2),
         (PLAIN, INTEL, ["-genvall", "-n", "4"], OMP_2 | PINLESS),
         (
             replace(PLAIN, hosts=TWO_HOSTS),
             OPEN_MPI_5,
             ["-np", "4", "--host", "h0:2,h1:2", *UNBOUND, *EXPORT],
-            RING | OMP_4,
+            TUNED | OMP_4,
         ),
         (
             replace(PLAIN, hosts=(Host("h0"), Host("h1"))),
             OPEN_MPI_4,
             ["-np", "4", "--host", "h0:2,h1:2", *UNBOUND, *EXPORT],
-            RING | OMP_4,
+            TUNED | OMP_4,
         ),
         (
             replace(PLAIN, hosts=TWO_HOSTS),
@@ -80,7 +81,7 @@ BY_PATH = {"PATH": "/mpi/bin:/usr/bin"}
             replace(PLAIN, machine=replace(MACHINE, root=True)),
             OPEN_MPI_5,
             ["--allow-run-as-root", "-np", "4", *UNBOUND, *EXPORT],
-            RING | OMP_2,
+            TUNED | OMP_2,
         ),
         (
             replace(PLAIN, machine=replace(MACHINE, root=True)),
@@ -97,28 +98,28 @@ def test_plain_command(launch: Launch, mpi: Mpi, arguments: list[str], additions
 @pytest.mark.parametrize(
     ("launch", "mpi", "arguments", "additions"),
     [
-        (HOROVOD, OPEN_MPI_4, [UNBOUND_TEXT], RING | OMP_2 | BY_PATH),
-        (HOROVOD, OPEN_MPI_5, [UNBOUND_TEXT], RING | OMP_2 | BY_PATH),
+        (HOROVOD, OPEN_MPI_4, [UNBOUND_TEXT], TUNED | OMP_2 | BY_PATH),
+        (HOROVOD, OPEN_MPI_5, [UNBOUND_TEXT], TUNED | OMP_2 | BY_PATH),
         (HOROVOD, MPICH, [], OMP_2 | BY_PATH),
         (HOROVOD, INTEL, [], OMP_2 | PINLESS | BY_PATH),
         (
             replace(HOROVOD, hosts=UNEQUAL_HOSTS),
             OPEN_MPI_5,
             ["-H", "h0:3,h1:1", UNBOUND_TEXT],
-            RING | OMP_2 | BY_PATH,
+            TUNED | OMP_2 | BY_PATH,
         ),
         (replace(HOROVOD, hosts=TWO_HOSTS), MPICH, ["-H", "h0:2,h1:2"], OMP_4 | BY_PATH),
         (
             replace(HOROVOD, mpirun_args=("--mca", "btl", "tcp,self")),
             OPEN_MPI_5,
             [UNBOUND_TEXT, "--mpi-args=--mca btl tcp,self"],
-            RING | OMP_2 | BY_PATH,
+            TUNED | OMP_2 | BY_PATH,
         ),
         (
             replace(HOROVOD, mpirun_args=("--bind-to", "core", "--map-by", "core")),
             OPEN_MPI_5,
             ["--binding-args=--mca pml ob1", "--mpi-args=--bind-to core --map-by core"],
-            RING | OMP_2 | BY_PATH,
+            TUNED | OMP_2 | BY_PATH,
         ),
     ],
 )
@@ -313,9 +314,9 @@ def test_dry_run(bare: Path, executable: Executable, capsys: pytest.CaptureFixtu
     mpirun, program = executable("path/mpirun", OMPI_5), executable("path/train me", "exit 1")
     assert run.main(["-np", "2", "--threads", "3", "--env", "A=b c", "--dry-run", "train me", "-np", "x y"]) == 0
     words = shlex.split(capsys.readouterr().out)
-    settings = {"A=b c", "OMP_NUM_THREADS=3", "OMPI_MCA_coll_libnbc_iallreduce_algorithm=ring"}
-    assert set(words[:3]) == settings
-    assert words[3] == str(mpirun)
+    settings = {"A=b c", "OMP_NUM_THREADS=3", *(f"{name}={value}" for name, value in TUNED.items())}
+    assert set(words[:4]) == settings
+    assert words[4] == str(mpirun)
     assert words[-3:] == [str(program), "-np", "x y"]
 
 

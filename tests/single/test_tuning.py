@@ -11,6 +11,7 @@ import pytest
 from hvd_shadowsync.comm.tuning import MPI_DEFAULTS, missing_defaults, parameter_files, tune_environment
 
 RING = "OMPI_MCA_coll_libnbc_iallreduce_algorithm"
+EAGER = {"OMPI_MCA_btl_tcp_eager_limit": str(512 * 1024 + 4096)}
 
 
 @pytest.fixture
@@ -19,23 +20,24 @@ def nowhere(tmp_path: Path) -> dict[str, str]:
     return {"OMPI_MCA_mca_base_param_files": str(tmp_path / "params.conf")}
 
 
-def test_sets_the_ring(nowhere: dict[str, str]) -> None:
-    assert tune_environment(nowhere) == {RING: "ring"}
+def test_sets_the_ring_and_sends_long_messages_at_once(nowhere: dict[str, str]) -> None:
+    assert tune_environment(nowhere) == {RING: "ring", **EAGER}
     assert nowhere[RING] == "ring"
     assert tune_environment(nowhere) == {}
 
 
 def test_leaves_the_users_variable_alone(nowhere: dict[str, str]) -> None:
     nowhere[RING] = "rabenseifner"
-    assert tune_environment(nowhere) == {}
+    assert tune_environment(nowhere) == EAGER
     assert nowhere[RING] == "rabenseifner"
 
 
 @pytest.mark.parametrize(
     ("text", "settings"),
     [
-        ("coll_libnbc_iallreduce_algorithm = 3\n", {}),
-        ("# a comment\n  coll_libnbc_iallreduce_algorithm=3", {}),
+        ("coll_libnbc_iallreduce_algorithm = 3\n", EAGER),
+        ("btl_tcp_eager_limit = 65536\n", {RING: "ring"}),
+        ("# a comment\n  coll_libnbc_iallreduce_algorithm=3", EAGER),
         ("# coll_libnbc_iallreduce_algorithm = 3\n", dict(MPI_DEFAULTS)),
         ("coll_libnbc_ibcast_algorithm = 3\n", dict(MPI_DEFAULTS)),
     ],
@@ -55,7 +57,7 @@ def test_parameter_files_default_to_home_and_prefix(tmp_path: Path) -> None:
 def test_home_file_counts(tmp_path: Path) -> None:
     (tmp_path / ".openmpi").mkdir()
     (tmp_path / ".openmpi" / "mca-params.conf").write_text("coll_libnbc_iallreduce_algorithm = binomial\n")
-    assert missing_defaults({"HOME": str(tmp_path)}) == {}
+    assert missing_defaults({"HOME": str(tmp_path)}) == EAGER
 
 
 def test_imports_neither_mpi_nor_torch() -> None:

@@ -200,3 +200,17 @@ def test_shared_memory_is_seen_by_all_ranks_of_a_host(comm: Communicator) -> Non
         assert segment.unique().tolist() == [rank + 1]
     comm.allgather_object("read")
     own.free()
+
+
+def test_parts_by_color_keep_the_order_of_ranks(comm: Communicator) -> None:
+    assert comm.hosts() == [0] * comm.size
+    halves = comm.split(comm.rank % 2)
+    assert halves is not None
+    assert halves.allgather_object(comm.rank) == list(range(comm.rank % 2, comm.size, 2))
+    assert halves.hosts() == [0] * halves.size
+    halves.free()
+    first = comm.split(0 if comm.rank == 0 else None)
+    assert (first is None) == (comm.rank > 0)
+    if first is not None:
+        assert first.size == 1
+        first.free()

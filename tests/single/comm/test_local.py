@@ -286,3 +286,18 @@ def test_objects_that_are_waited_for_in_vain_are_told_of(monkeypatch: pytest.Mon
     monkeypatch.setattr(local, "BLOCKING_TIMEOUT_S", 0.05)
     with pytest.raises(TransportError, match=r"rank 0 waited 0.05 s in allgather_object"):
         local.world(2)[0].allgather_object(1)
+
+
+def test_hosts_and_parts() -> None:
+    def program(comm: Communicator) -> tuple[list[int], int, list[int], bool, bool]:
+        part = comm.split(comm.hosts()[comm.rank])
+        assert part is not None
+        nobody = comm.split(None)
+        return comm.hosts(), part.rank, part.allgather_object(comm.rank), nobody is None, part.share(1) is not None
+
+    assert local.run(3, program, hosts=[4, 9, 4]) == [
+        ([0, 1, 0], 0, [0, 2], True, True),
+        ([0, 1, 0], 0, [1], True, True),
+        ([0, 1, 0], 1, [0, 2], True, True),
+    ]
+    assert local.run(3, lambda comm: comm.share(1) is None, hosts=[4, 9, 4]) == [True] * 3

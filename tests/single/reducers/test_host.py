@@ -22,7 +22,7 @@ class Rank:
     """One rank: what it would train, its snapshot in shared memory, and the reducer."""
 
     def __init__(self, comm: Communicator, live: Tensor, chunk_bytes: int = 64) -> None:
-        memory = HostMemory.of(comm, live.numel(), live.dtype, chunk_bytes=chunk_bytes)
+        memory = HostMemory.of(comm, live.numel(), live.dtype, room=2 * max(1, chunk_bytes // live.itemsize))
         assert memory is not None
         self.live, self.memory = live, memory
         self.snapshot = memory.snapshots[comm.rank]

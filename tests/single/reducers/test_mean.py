@@ -180,14 +180,15 @@ def test_as_many_chunks_under_way_as_asked_for(in_flight: int) -> None:
 def test_the_owners_next_blocks_are_under_way_while_one_is_summed() -> None:
     def program(comm: Communicator) -> tuple[int, list[str]]:
         recorded = Recorded(comm)
-        reduced(OwnerMean(recorded, Poller(), chunk_bytes=32), torch.ones(24), [1.0, 1.0])
+        reduced(OwnerMean(recorded, Poller(), chunk_bytes=32, in_flight=2), torch.ones(24), [1.0, 1.0])
         return recorded.record.most, [kind for kind, _ in recorded.record.calls]
 
-    kinds = ["ialltoall", "ialltoall", "iallgather", "ialltoall", "iallgather", "iallgather"]
+    kinds = ["ialltoall", "iallgather", "ialltoall", "iallgather", "ialltoall", "iallgather"]
     assert on_ranks(2, program) == [(2, kinds)] * 2
 
 
-def test_slices_of_the_snapshot_are_taken_just_before_they_travel() -> None:
+@both
+def test_slices_of_the_snapshot_are_taken_just_before_they_travel(kind: Kind) -> None:
     """Late slices of the snapshot see what training did meanwhile."""
     numel, chunk, in_flight = 40, 8, 2
 
@@ -199,7 +200,7 @@ def test_slices_of_the_snapshot_are_taken_just_before_they_travel() -> None:
             events.append((part.start, part.stop))
             snapshot[part] = live[part]
 
-        reducer = AllReduceMean(comm, Poller(), chunk_bytes=4 * chunk, in_flight=in_flight)
+        reducer = kind(comm, Poller(), chunk_bytes=4 * chunk, in_flight=in_flight)
         assert reducer.sliced
         for part, values in reducer.reduce(snapshot, [1.0, 1.0], fill):
             out[part] = values
@@ -212,10 +213,6 @@ def test_slices_of_the_snapshot_are_taken_just_before_they_travel() -> None:
     for events, out in on_ranks(2, program):
         assert events == filled
         assert torch.equal(out, expected)
-
-
-def test_the_owners_take_the_snapshot_as_a_whole() -> None:
-    assert not OwnerMean.sliced
 
 
 @pytest.mark.parametrize(("size", "numel"), [(1, 10), (2, 40), (3, 40), (4, 1)])

@@ -1,0 +1,102 @@
+"""How a round's bytes are sent, and the search for what suits this network and machine, made in the first rounds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hvd_shadowsync.comm.poll import Poller
+
+KIB = 1 << 10
+EAGER_BYTES = 512 * KIB
+LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 1024 * KIB, 4096 * KIB
+ROUNDS_OF_A_TRIAL = 3
+WARM_UP_ROUNDS = 2
+WORTH_IT = 0.95
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How a reduction's bytes are sent.
+
+    Attributes:
+        chunk_bytes: what goes into one collective call.
+        in_flight: chunks under way at a time.
+        pause_s: longest pause between two looks at them, seconds.
+    """
+
+    chunk_bytes: int = LEAST_CHUNK_BYTES
+    in_flight: int = 4
+    pause_s: float = 0.001
+
+    @classmethod
+    def between(cls, size: int) -> Transfer:
+        """Return what `size` ranks start with: a rank's share of a chunk is what MPI sends without asking first."""
+        return cls(min(max(size * EAGER_BYTES, LEAST_CHUNK_BYTES), MOST_CHUNK_BYTES))
+
+    def poller(self, poller: Poller) -> Poller:
+        """Return `poller` with these pauses; it never spins, which would use up the thread's turn of a shared core."""
+        return replace(poller, spin_s=0.0, eager=0, shortest_s=self.pause_s / 4, longest_s=self.pause_s)
+
+
+class Search:
+    """Tries one setting after the other, each in a few rounds, and keeps the one whose rounds could follow fastest.
+
+    First the size of the chunks, then how many are under way, then the pauses; what is better by less than a
+    twentieth is not. All ranks observe the same costs, so they choose the same without a word about it.
+
+    Args:
+        start: what to begin with.
+        num_bytes: of the vector that is reduced: settings that are the same for so few bytes are not tried.
+    """
+
+    def __init__(self, start: Transfer, num_bytes: int) -> None:
+        self.best = self.transfer = start
+        self._num_bytes = num_bytes
+        self._costs: list[int] = []
+        self._least = 0.0
+        self._to_skip = WARM_UP_ROUNDS
+        self._candidates = self._alternatives()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `transfer` is the choice."""
+        return self._candidates is None
+
+    def observe(self, cost_us: int) -> None:
+        """Take note of what the last round with `transfer` cost: the time until the next could begin, microseconds."""
+        if self._candidates is None:
+            return
+        if self._to_skip:
+            self._to_skip -= 1
+            return
+        self._costs.append(cost_us)
+        if len(self._costs) == ROUNDS_OF_A_TRIAL:
+            self._conclude(statistics.median(self._costs))
+            self._costs = []
+
+    def _conclude(self, cost: float) -> None:
+        assert self._candidates is not None
+        if self.transfer is self.best or cost < WORTH_IT * self._least:
+            self.best, self._least = self.transfer, cost
+        following = next(self._candidates, None)
+        if following is None:
+            self._candidates = None
+        self.transfer = following or self.best
+
+    def _alternatives(self) -> Iterator[Transfer] | None:
+        def candidates() -> Iterator[Transfer]:
+            start = self.best
+            for chunk_bytes in (start.chunk_bytes // 4, start.chunk_bytes * 4):
+                yield replace(self.best, chunk_bytes=chunk_bytes)
+            for in_flight in (start.in_flight // 2, start.in_flight * 2):
+                yield replace(self.best, in_flight=in_flight)
+            for pause_s in (start.pause_s / 4, start.pause_s * 2, start.pause_s * 4):
+                yield replace(self.best, pause_s=pause_s)
+
+        return (each for each in candidates() if self._amounts_to(each) != self._amounts_to(self.best))
+
+    def _amounts_to(self, transfer: Transfer) -> tuple[int, int, float]:
+        chunk = max(1, min(transfer.chunk_bytes, self._num_bytes))
+        return chunk, min(transfer.in_flight, -(-self._num_bytes // chunk)), transfer.pause_s
