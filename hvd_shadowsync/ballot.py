@@ -48,6 +48,7 @@ class Ballot:
         layout: fingerprint of its replica's names, shapes and dtypes, non-negative.
         spent_us: CPU time that it has spent on synchronisation since its last vote, microseconds.
         cost_us: how long after the last round began the next could, as to the way it was sent, microseconds.
+        gives_up: whether it has waited too long for the ranks to have the same parameters.
     """
 
     intent: Intent
@@ -55,13 +56,15 @@ class Ballot:
     layout: int
     spent_us: int = 0
     cost_us: int = 0
+    gives_up: bool = False
 
     def encode(self) -> Tensor:
         """Return the ballot as a vector, int64."""
-        return torch.tensor([self.intent, self.counts, self.layout, self.spent_us, self.cost_us], dtype=torch.int64)
+        fields = [self.intent, self.counts, self.layout, self.spent_us, self.cost_us, self.gives_up]
+        return torch.tensor(fields, dtype=torch.int64)
 
 
-NUM_FIELDS = 5
+NUM_FIELDS = 6
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,15 @@ class Count:
     intents: tuple[Intent, ...]
     most_spent_us: int
     most_cost_us: int
+    gives_up: bool
 
 
 def count(votes: Tensor, agreed_layout: int) -> Count:
-    """Return what follows from `votes`, int64 of shape (size, 5), where the last rounds had `agreed_layout`."""
-    intents, counts, layouts, spent_us, cost_us = votes.T.tolist()
+    """Return what follows from `votes`, int64 of shape (size, 6), where the last rounds had `agreed_layout`."""
+    intents, counts, layouts, spent_us, cost_us, give_up = votes.T.tolist()
     weights = tuple(map(float, counts)) if any(counts) else (1.0,) * len(counts)
     verdict = _verdict(set(intents), set(layouts), agreed_layout)
-    return Count(verdict, weights, tuple(map(Intent, intents)), max(spent_us), max(cost_us))
+    return Count(verdict, weights, tuple(map(Intent, intents)), max(spent_us), max(cost_us), any(give_up))
 
 
 def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:

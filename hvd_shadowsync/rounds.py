@@ -250,15 +250,18 @@ class Rounds:
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
         if self._meets(intent):
             spent_us, cost_us = round(1e6 * spent_s), round(1e6 * self._cost_s(spent_s))
-            count = self._vote(Ballot(intent, self._counts(), self.wanted_replica.fingerprint, spent_us, cost_us))
+            own = Ballot(
+                intent, self._counts(), self.wanted_replica.fingerprint, spent_us, cost_us, self._is_out_of_patience()
+            )
+            count = self._vote(own)
             verdict, weights = count.verdict, count.weights
             self._observe(count.most_cost_us)
+            self._watch_mismatch(count)
             self.most_spent_s = count.most_spent_us / 1e6
             if verdict is Verdict.CONFLICT:
                 raise ShadowSyncError(_conflict(count.intents))
         else:
             verdict, weights = Verdict.ROUND, (1.0,) * self._comm.size
-        self._watch_mismatch(verdict)
         with self.lock:
             if verdict is Verdict.ROUND:
                 return self._round(weights)
@@ -418,12 +421,16 @@ class Rounds:
         recalled = (self.replica.from_names(memory.get(name, {}), tensor) for name, tensor in named(self._state))
         return type(self._state)(*recalled)
 
-    def _watch_mismatch(self, verdict: Verdict) -> None:
-        if verdict is not Verdict.MISMATCH:
+    def _is_out_of_patience(self) -> bool:
+        return self._mismatch_since is not None and time.monotonic() - self._mismatch_since > MISMATCH_TIMEOUT_S
+
+    def _watch_mismatch(self, count: ballot.Count) -> None:
+        """Raise, in the same vote on every rank, once one of them has waited too long for the replicas to match."""
+        if count.verdict is not Verdict.MISMATCH:
             self._mismatch_since = None
             return
         self._mismatch_since = self._mismatch_since or time.monotonic()
-        if time.monotonic() - self._mismatch_since > MISMATCH_TIMEOUT_S:
+        if count.gives_up:
             raise ReplicaMismatchError(
                 f"for {MISMATCH_TIMEOUT_S:.0f} s the ranks have optimised different parameters (here: "
                 f"{len(self.wanted_replica.params)}); call add_param_group with the same parameters on every rank"

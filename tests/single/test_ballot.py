@@ -86,11 +86,17 @@ def test_the_rank_that_the_last_round_cost_most() -> None:
     assert counted(*(Ballot(TRAIN, True, OLD, 1, cost) for cost in (7, 2**40, 0))).most_cost_us == 2**40
 
 
-def test_a_ballot_is_40_bytes_and_holds_a_fingerprint_whole() -> None:
-    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9, 8).encode()
+@pytest.mark.parametrize("rank", [0, 2])
+def test_one_rank_without_patience_is_enough(rank: int) -> None:
+    assert counted(*(Ballot(TRAIN, True, OLD, gives_up=each == rank) for each in range(3))).gives_up
+    assert not counted(*[Ballot(TRAIN, True, OLD)] * 3).gives_up
+
+
+def test_a_ballot_is_48_bytes_and_holds_a_fingerprint_whole() -> None:
+    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9, 8, True).encode()
     assert encoded.dtype == torch.int64
-    assert encoded.nbytes == 40
-    assert encoded.tolist() == [2, 1, 2**62 - 1, 9, 8]
+    assert encoded.nbytes == 48
+    assert encoded.tolist() == [2, 1, 2**62 - 1, 9, 8, 1]
     assert encoded.numel() == NUM_FIELDS
 
 
