@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--mb", type=float, nargs="+", default=[1, 4, 16, 64, 256], help="of the vector, in 10^6 bytes")
+    parser.add_argument("--ranks-per-host", type=int, default=1, help="with several, only ours, hierarchical and flat")
     parser.add_argument("--rate-mbit", type=float, default=1000.0, help="of each host's link")
     parser.add_argument("--turns", type=int, default=2, help="jobs of each kind, in turns")
     parser.add_argument("--repeats", type=int, default=5, help="reductions in each job, after one that is not counted")
@@ -51,6 +52,8 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
         return
+    if arguments.ranks_per_host > 1:
+        arguments.jobs = ["ours"]
     records: list[dict[str, Any]] = []
     for hosts in arguments.hosts:
         runs = [run for _ in range(arguments.turns) for job in arguments.jobs for run in start(job, hosts, arguments)]
@@ -63,7 +66,8 @@ def main() -> None:
 def start(job: str, hosts: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the contenders of `job` on emulated hosts, one rank each; return what they print."""
     again = ["--worker", job, "--repeats", str(arguments.repeats), "--mb", *map(str, arguments.mb)]
-    emulated = ["--emulated", str(hosts), "--rate", f"{arguments.rate_mbit:g}mbit", "-np", str(hosts), "--threads", "1"]
+    size = str(hosts * arguments.ranks_per_host)
+    emulated = ["--emulated", str(hosts), "--rate", f"{arguments.rate_mbit:g}mbit", "-np", size, "--threads", "1"]
     command = [sys.executable, "-m", "hvd_shadowsync.run", *emulated, *JOBS[job], "python", __file__, *again]
     done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_TIMEOUT_S, check=False)
     if done.returncode:
@@ -160,14 +164,37 @@ def ours() -> Contenders:
 
     from hvd_shadowsync.comm import mpi
     from hvd_shadowsync.comm.poll import Poller
-    from hvd_shadowsync.reducers import AllReduceMean, OwnerMean, Reducer, Transfer
+    from hvd_shadowsync.reducers import (
+        AllReduceMean,
+        HierarchicalMean,
+        HostMemory,
+        Hosts,
+        OwnerMean,
+        Reducer,
+        Transfer,
+    )
 
     comm, vectors = mpi.world(), Vectors()
     lengths: dict[Reducer, int] = {}
-    reducers = {
-        "ours": AllReduceMean(comm, Poller()),
-        "ours, float16": OwnerMean(comm, Poller(), wire_dtype=torch.float16),
-    }
+    flat = AllReduceMean(comm, Poller())
+    reducers: dict[str, Reducer] = {"ours": flat, "ours, float16": OwnerMean(comm, Poller(), wire_dtype=torch.float16)}
+    hosts = Hosts(comm) if Hosts.matter(comm) else None
+    memory: dict[int, HostMemory] = {}
+    if hosts is not None:
+        reducers = {"ours, every rank on the network": flat}
+
+    def hierarchical(numel: int) -> None:
+        assert hosts is not None
+        if numel not in memory:
+            memory.clear()
+            memory[numel] = HostMemory.of(hosts.local, numel, torch.float32, room=numel)
+        leaders = hosts.leaders and AllReduceMean(hosts.leaders, Poller())
+        mean = HierarchicalMean(hosts, memory[numel], leaders)
+        mean.use(Transfer.between(len(set(hosts.number))))
+        vector, out = vectors(numel)
+        mine = memory[numel].snapshots[memory[numel].rank]
+        for part, values in mean.reduce(mine, (1.0,) * comm.size, lambda part: mine[part].copy_(vector[part])):
+            out[part].copy_(values)
 
     def reduce(reducer: Reducer, numel: int) -> None:
         vector, out = vectors(numel)
@@ -180,6 +207,8 @@ def ours() -> Contenders:
     for each in reducers.values():
         each.use(Transfer.between(comm.size))
     calls = {name: lambda numel, each=each: reduce(each, numel) for name, each in reducers.items()}
+    if hosts is not None:
+        calls["ours, hierarchical"] = hierarchical
     return calls, MPI.COMM_WORLD.allgather
 
 

@@ -40,11 +40,15 @@ class Hosts:
         return 1 < len(set(comm.hosts())) < comm.size
 
     def weights(self, weights: Sequence[float]) -> tuple[list[float], list[float]]:
-        """Return the weights of this host's ranks, and those of all hosts, by the order of their first ranks."""
+        """Return the weights of this host's ranks, and those of all hosts, by the order of their first ranks.
+
+        Hosts of the same weight weigh 1 each, which saves their reduction a multiplication.
+        """
         hosts = dict.fromkeys(self.number, 0.0)
         for host, weight in zip(self.number, weights, strict=True):
             hosts[host] += weight
-        return [each for each, host in zip(weights, self.number, strict=True) if host == self.own], list(hosts.values())
+        own = [each for each, host in zip(weights, self.number, strict=True) if host == self.own]
+        return own, list(hosts.values()) if len(set(hosts.values())) > 1 else [1.0] * len(hosts)
 
     def free(self) -> None:
         """Give the communicators back (collective)."""
