@@ -22,7 +22,9 @@ For several commands one after the other, hosts that stay until they are taken a
     python -m hvd_shadowsync.emulated run 4 --each COMMAND...   # as above; --first: once, on the first host
     python -m hvd_shadowsync.emulated down
 
-Latency and loss are the kernel's where it has netem, else a process's of ours for each host (see `delay`).
+Latency and loss are the kernel's where it has netem, else a process's of ours for each host (see `delay`), which takes
+CPU time from the job. The hosts have this machine's settings for TCP: over a long way, one connection fills a link only
+where net.ipv4.tcp_rmem and tcp_wmem allow for rate times round trip, as between real hosts.
 """
 
 from hvd_shadowsync.emulated.job import AGENT, run, wrapped

@@ -1,7 +1,9 @@
 """Latency and loss where the kernel has no netem: a process per host's link that carries its frames (`delay.cpp`).
 
 Loss is drawn for every packet that a wire would carry, also where the kernel hands over many at once (of TCP over
-IPv4; anything else is one packet). A latency is kept to about 0.1 ms, or to 10 % where that is less.
+IPv4; anything else is one packet). A latency is kept to about 0.1 ms, or to 10 % where that is less. On a virtual
+machine each line took about 1.5 s of CPU time for a GB at 1 Gbit/s, half of it for timers; one with nothing to
+carry takes none.
 """
 
 from __future__ import annotations

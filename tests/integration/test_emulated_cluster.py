@@ -21,11 +21,15 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "emulated-cluster"
 TIMEOUT_S = 90
 
 
+def environment(temporary: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "TMPDIR": str(temporary)}
+
+
 @pytest.fixture
 def environ(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Have two hosts up, which this test's own file tells of."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environ = {**os.environ, "PATH": path, "TMPDIR": str(tmp_path)}
+    environ = environment(tmp_path)
     done = cluster(environ, "up", "2", "--rate", "100mbit")
     if done.returncode and "emulated hosts" in done.stderr:
         pytest.skip(done.stderr)
@@ -146,6 +150,23 @@ def test_when_the_holder_is_killed_nothing_is_left(kind: signal.Signals, environ
     assert cluster(environ, "run", "1", "--first", "hostname").returncode == 2
     assert state(environ) == []
     assert cluster(environ, "up", "1").stdout == "up: 10.77.0.1\n"
+
+
+def test_hosts_of_somebody_else_than_root(tmp_path: Path) -> None:
+    as_user = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
+    if subprocess.run([*as_user, "true"], check=False, capture_output=True, timeout=10).returncode:
+        pytest.skip("this system has no user namespaces")
+    environ = environment(tmp_path)
+    script = f"{SCRIPT} up 2 && {SCRIPT} run 2 --each hostname; {SCRIPT} down"
+    command = [*as_user, "sh", "-c", script]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert sorted(done.stdout.splitlines()) == [
+        "10.77.0.1",
+        "10.77.0.2",
+        "the hosts are gone",
+        "up: 10.77.0.1, 10.77.0.2",
+    ]
+    assert done.stderr == ""
 
 
 def test_the_script_says_what_it_takes() -> None:

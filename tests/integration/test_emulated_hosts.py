@@ -252,10 +252,13 @@ def test_a_job_of_somebody_else_than_root(tmp_path: Path) -> None:
     assert sorted(output.splitlines()) == ["0 10.77.0.1", "1 10.77.0.2"]
 
 
+@pytest.mark.parametrize("more", [[], ["--latency", "1ms"]], ids=["no latency", "latency"])
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_leaves_nothing(kind: signal.Signals) -> None:
+def test_a_signal_leaves_nothing(kind: signal.Signals, more: list[str]) -> None:
+    if more:
+        require_latency()
     before = devices()
-    job = started("hvd_shadowsync.emulated", "--hosts", "2", "sh", "-c", "echo up; exec sleep 999.5")
+    job = started("hvd_shadowsync.emulated", "--hosts", "2", *more, "sh", "-c", "echo up; exec sleep 999.5")
     assert job.stdout is not None
     assert job.stdout.readline() == "up\n"
     pids = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and b"999.5" in _command(pid)]
