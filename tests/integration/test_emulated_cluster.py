@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from launching import find_mpi, is_running
 
+from hvd_shadowsync.command import LaunchError
+from hvd_shadowsync.emulated import Network, cluster
 from hvd_shadowsync.emulated.__main__ import main
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "emulated-cluster"
@@ -27,20 +29,31 @@ def environment(temporary: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def environ(tmp_path: Path) -> Iterator[dict[str, str]]:
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Have two hosts up, which this test's own file tells of."""
-    environ = environment(tmp_path)
-    done = cluster(environ, "up", "2", "--rate", "100mbit")
-    if done.returncode and "emulated hosts" in done.stderr:
-        pytest.skip(done.stderr)
-    assert done.stdout == "up: 10.77.0.1, 10.77.0.2\n", done.stderr
-    yield environ
-    cluster(environ, "down")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    try:
+        cluster.up(Network(2, "100mbit"))
+    except LaunchError as error:
+        pytest.skip(str(error))
+    yield environment(tmp_path)
+    cluster.down()
 
 
-def cluster(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(SCRIPT), *arguments]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+Given = Callable[..., tuple[int, list[str], str]]
+
+
+@pytest.fixture
+def given(capfd: pytest.CaptureFixture[str]) -> Given:
+    """Run the command in this process; return its exit code, the lines that it printed, sorted, and its errors."""
+
+    def run(*arguments: str) -> tuple[int, list[str], str]:
+        capfd.readouterr()
+        code = main(arguments)
+        said = capfd.readouterr()
+        return code, sorted(said.out.splitlines()), said.err
+
+    return run
 
 
 def state(environ: dict[str, str]) -> list[Path]:
@@ -75,17 +88,7 @@ def all_end(pids: list[int]) -> bool:
     return not any(is_running(pid) for pid in pids)
 
 
-def test_from_up_to_down(
-    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", environ["TMPDIR"])
-
-    def given(*arguments: str) -> tuple[int, list[str], str]:
-        capfd.readouterr()
-        code = main(arguments)
-        said = capfd.readouterr()
-        return code, sorted(said.out.splitlines()), said.err
-
+def test_from_up_to_down(environ: dict[str, str], given: Given) -> None:
     before = devices()
     (file,) = state(environ)
     held = json.loads(file.read_text())
@@ -109,23 +112,23 @@ def test_from_up_to_down(
     assert devices() == before
 
 
-def test_a_rank_on_each_host(environ: dict[str, str], tmp_path: Path) -> None:
+def test_a_rank_on_each_host(environ: dict[str, str], given: Given, tmp_path: Path) -> None:
     if find_mpi().kind != "openmpi":
         pytest.skip("needs Open MPI")
     script = tmp_path / "names.py"
     script.write_text("import socket\nfrom mpi4py import MPI\nprint(MPI.COMM_WORLD.rank, socket.gethostname())\n")
     for ranks in (2, 1):
-        done = cluster(environ, "run", str(ranks), "python", str(script))
-        assert done.returncode == 0, done.stderr
-        assert sorted(done.stdout.splitlines()) == [f"{rank} 10.77.0.{rank + 1}" for rank in range(ranks)]
+        code, names, errors = given("run", str(ranks), sys.executable, str(script))
+        assert code == 0, errors
+        assert names == [f"{rank} 10.77.0.{rank + 1}" for rank in range(ranks)]
 
 
-def test_a_job_that_is_killed_leaves_the_hosts_alone(environ: dict[str, str]) -> None:
+def test_a_job_that_is_killed_leaves_the_hosts_alone(environ: dict[str, str], given: Given) -> None:
     job, pids = sleeping(environ, "998.25")
     job.kill()
     job.communicate(timeout=TIMEOUT_S)
     assert all_end(pids)
-    assert cluster(environ, "run", "1", "--first", "hostname").stdout == "10.77.0.1\n"
+    assert given("run", "1", "--first", "hostname") == (0, ["10.77.0.1"], "")
 
 
 def test_a_job_that_is_interrupted_ends_with_its_signal(environ: dict[str, str]) -> None:
@@ -137,7 +140,7 @@ def test_a_job_that_is_interrupted_ends_with_its_signal(environ: dict[str, str])
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_when_the_holder_is_killed_nothing_is_left(kind: signal.Signals, environ: dict[str, str]) -> None:
+def test_when_the_holder_is_killed_nothing_is_left(kind: signal.Signals, environ: dict[str, str], given: Given) -> None:
     before = devices()
     (file,) = state(environ)
     held = json.loads(file.read_text())
@@ -147,9 +150,9 @@ def test_when_the_holder_is_killed_nothing_is_left(kind: signal.Signals, environ
     assert job.returncode != 0
     assert all_end([*pids, held["holder"], held["first"]])
     assert devices() == before
-    assert cluster(environ, "run", "1", "--first", "hostname").returncode == 2
+    assert given("run", "1", "--first", "hostname")[0] == 2
     assert state(environ) == []
-    assert cluster(environ, "up", "1").stdout == "up: 10.77.0.1\n"
+    assert given("up", "1") == (0, ["up: 10.77.0.1"], "")
 
 
 def test_hosts_of_somebody_else_than_root(tmp_path: Path) -> None:
@@ -170,8 +173,10 @@ def test_hosts_of_somebody_else_than_root(tmp_path: Path) -> None:
 
 
 def test_the_script_says_what_it_takes() -> None:
-    done = cluster({**os.environ}, "away")
-    assert (done.returncode, done.stderr) == (
-        2, "launch/emulated-cluster: unknown word 'away' (known: up, run, down, --help)\n"
-    )  # fmt: skip
-    assert "run 2 COMMAND" in cluster({**os.environ}, "--help").stdout
+    away, told = (
+        subprocess.run([str(SCRIPT), word], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        for word in ("away", "--help")
+    )
+    assert away.stderr == "launch/emulated-cluster: unknown word 'away' (known: up, run, down, --help)\n"
+    assert (away.returncode, told.returncode) == (2, 0)
+    assert "run 2 COMMAND" in told.stdout
