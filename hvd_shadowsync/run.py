@@ -206,7 +206,7 @@ def _network(options: argparse.Namespace) -> emulated.Network | None:
         return None
     if options.hosts is not None or options.hostfile is not None or options.horovod:
         raise LaunchError("--emulated goes with none of --hosts, --hostfile, --horovod (mpirun starts Horovod as well)")
-    return emulated.Network(options.emulated, **{name: getattr(options, name) for name in emulated.OPTIONS})
+    return emulated.network_from(options.emulated, options)
 
 
 def _split(arguments: str) -> tuple[str, ...]:

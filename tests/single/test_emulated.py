@@ -1,14 +1,18 @@
-"""Emulated hosts: what is refused, and the commands that build their network."""
+"""Emulated hosts: what is refused, the commands that build their network, and the file of those that stay."""
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hvd_shadowsync import emulated, run
 from hvd_shadowsync.command import Host, LaunchError
-from hvd_shadowsync.emulated import Network
+from hvd_shadowsync.emulated import Network, cluster, job
+from hvd_shadowsync.emulated.__main__ import main
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,7 @@ from hvd_shadowsync.emulated import Network
         ({"rate": "1gbit; reboot"}, "--rate '1gbit; reboot' is none"),
         ({"latency": "3"}, "--latency '3' is none; give one such as 0.2ms"),
         ({"loss": "0.1"}, "--loss '0.1' is none; give one such as 0.1%"),
+        ({"loss": "101%"}, "--loss 101%: give at most 100%"),
         ({"racks": 5}, "--racks 5: give 1 to 4, the number of hosts"),
         ({"rack_rate": "1Gb/s"}, "--rack-rate '1Gb/s' is none"),
     ],
@@ -42,6 +47,104 @@ def test_a_link_of_each_host_to_the_switch_of_its_rack() -> None:
     assert sum("netem delay 5ms loss 0.1%" in line for line in lines) == 8
     assert "nsenter --target 13 --net ip addr add 10.77.0.3/24 dev eth0" in lines
     assert not any("netem" in " ".join(line) for line in emulated.commands(Network(2), [1, 2]))
+
+
+def test_where_there_is_no_netem_a_link_is_left_open_for_a_delay_line() -> None:
+    network = Network(2, latency="5ms")
+    lines = [" ".join(line) for line in emulated.commands(network, [11, 12], netem=False)]
+    assert "ip link add near1 type veth peer name eth0 netns 12" in lines
+    assert "ip link add host1 type veth peer name far1" in lines
+    assert sum("tbf rate 1gbit" in line for line in lines) == 4, "the rate is the kernel's all the same"
+    assert not any("netem" in line for line in lines)
+    without = Network(2)
+    assert emulated.commands(without, [1, 2], netem=False) == emulated.commands(without, [1, 2])
+
+
+@pytest.mark.parametrize(("latency", "ns"), [("", 0), ("20us", 20_000), ("0.2ms", 200_000), ("1.5s", 1_500_000_000)])
+def test_latency_in_nanoseconds(latency: str, ns: int) -> None:
+    assert Network(1, latency=latency).latency_ns == ns
+
+
+def test_loss_as_a_share() -> None:
+    assert Network(1, loss="0.1%").loss_share == pytest.approx(0.001)
+    assert Network(1).loss_share == 0
+
+
+def test_the_environment_of_a_command_on_each_host() -> None:
+    each = job.Job(["true"], {"HOME": "/here", "RANK": "7"}, 2, each=True).processes(Network(2).address)
+    assert [one["RANK"] for one in each] == ["0", "1"]
+    assert {one["MASTER_ADDR"] for one in each} == {"10.77.0.1"}
+    wanted = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "HOME": "/here",
+    }
+    assert all(wanted.items() <= one.items() for one in each)
+    named = job.Job(["true"], {"MASTER_PORT": "1234"}, 2, each=True).processes(Network(2).address)
+    assert named[0]["MASTER_PORT"] == "1234"
+    (first,) = job.Job(["true"], {}, 2).processes(Network(2).address)
+    assert "RANK" not in first
+    assert first["SHADOW_EMULATED"].startswith("10.77.0.1=")
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: str(tmp_path))
+    return cluster.state_file()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"holder": 1}', '{"holder": 1, "first": 1, "begun": 3, "network": {}}']
+)
+def test_a_file_that_says_nothing_is_removed(text: str, state: Path) -> None:
+    state.write_text(text)
+    assert cluster.find() is None
+    assert not state.exists()
+
+
+def test_a_file_of_processes_that_are_others_by_now_is_removed(state: Path) -> None:
+    now = {"holder": os.getpid(), "first": os.getppid(), "begun": [1, 1], "network": {"hosts": 2}}
+    state.write_text(json.dumps(now))
+    assert cluster.find() is None
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "2", "true"], "no hosts are up; make some with `up N`"),
+        (["run", "2"], "no command given; put it last"),
+        (["up", "0"], "--emulated 0: give 1 to 64 hosts"),
+        (["up", "2", "--loss", "1"], "--loss '1' is none"),
+        (["--hosts", "2"], "no command given; put it last"),
+    ],
+)
+def test_commands_that_cannot_be(
+    arguments: list[str], message: str, state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "require_tools", lambda: None)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"emulated: {message}")
+
+
+@pytest.mark.parametrize("arguments", [["up", "2"], ["run", "2", "true"], ["--hosts", "2", "true"]])
+def test_what_this_machine_lacks_is_said(
+    arguments: list[str], state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job.shutil, "which", lambda tool: None if tool == "tc" else tool)
+    monkeypatch.setattr(job.sys, "platform", "linux")
+    assert main(arguments) == 2
+    assert "emulated hosts need tc; install it" in capsys.readouterr().err
+    monkeypatch.setattr(job.sys, "platform", "darwin")
+    assert main(arguments) == 2
+    assert "emulated hosts are Linux namespaces" in capsys.readouterr().err
+
+
+def test_nothing_to_take_away(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["down"]) == 0
+    assert capsys.readouterr().out == "no hosts were up\n"
 
 
 def test_hosts_as_launchers_take_them() -> None:

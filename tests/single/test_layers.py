@@ -45,6 +45,12 @@ WITHOUT_TORCH = [
     "metrics",
     "command",
     "emulated",
+    "emulated.__main__",
+    "emulated.cluster",
+    "emulated.delay",
+    "emulated.job",
+    "emulated.namespaces",
+    "emulated.network",
     "run",
     "doctor",
 ]

@@ -1,0 +1,166 @@
+"""What joins emulated hosts: a description, and the commands that build it (both pure)."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hvd_shadowsync.command import Host, LaunchError
+
+SUBNET = "10.77.0"
+MOST_HOSTS = 64
+RATE, TIME, SHARE = r"\d+(\.\d+)?[kmg]?bit", r"\d+(\.\d+)?(us|ms|s)", r"\d+(\.\d+)?%"
+UNITS_NS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What joins the hosts: a link from each to its rack's switch, and from each switch to the others.
+
+    Attributes:
+        hosts: 1 to 64.
+        rate: of each host's link in each direction, such as "1gbit".
+        latency: of each host's link, one way, such as "0.2ms"; a packet passes two of them. Empty: none added.
+        loss: of packets on each host's link, one way, such as "0.1%". Empty: none.
+        racks: switches, over which hosts are spread evenly, the first hosts under the first.
+        rack_rate: of each switch's link to the others; empty: as fast as it goes.
+
+    Raises:
+        LaunchError: an attribute is not what it should be; names it and the remedy.
+    """
+
+    hosts: int
+    rate: str = "1gbit"
+    latency: str = ""
+    loss: str = ""
+    racks: int = 1
+    rack_rate: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.hosts <= MOST_HOSTS:
+            raise LaunchError(f"--emulated {self.hosts}: give 1 to {MOST_HOSTS} hosts")
+        if not 1 <= self.racks <= self.hosts:
+            raise LaunchError(f"--racks {self.racks}: give 1 to {self.hosts}, the number of hosts")
+        for name, pattern, example in (
+            ("rate", RATE, "1gbit"), ("latency", TIME, "0.2ms"), ("loss", SHARE, "0.1%"), ("rack_rate", RATE, "1gbit")
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not (value == "" and name != "rate") and not re.fullmatch(pattern, value):
+                raise LaunchError(f"--{name.replace('_', '-')} {value!r} is none; give one such as {example}")
+        if self.loss_share > 1:
+            raise LaunchError(f"--loss {self.loss}: give at most 100%")
+
+    @property
+    def latency_ns(self) -> int:
+        """Latency of a host's link, one way."""
+        if not self.latency:
+            return 0
+        number, unit = re.fullmatch(r"([\d.]+)(\D+)", self.latency).groups()  # type: ignore[union-attr]
+        return round(float(number) * UNITS_NS[unit])
+
+    @property
+    def loss_share(self) -> float:
+        """Share of packets that a host's link loses, one way, from 0 to 1."""
+        return float(self.loss.rstrip("%") or 0) / 100
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the links have a latency or a loss."""
+        return bool(self.latency or self.loss)
+
+    def as_hosts(self) -> tuple[Host, ...]:
+        """Return the hosts as launchers take them, ranks spread evenly."""
+        return tuple(Host(self.address(host)) for host in range(self.hosts))
+
+    def address(self, host: int) -> str:
+        """Return the address, which is the name as well, of a host, from 0."""
+        return f"{SUBNET}.{host + 1}"
+
+    def rack(self, host: int) -> int:
+        """Return the rack of a host."""
+        return host * self.racks // self.hosts
+
+
+OPTIONS: dict[str, Any] = {field.name: field.default for field in fields(Network) if field.name != "hosts"}
+
+
+def network_from(hosts: int, options: argparse.Namespace) -> Network:
+    """Return the network of the options that `add_options` added.
+
+    Raises:
+        LaunchError: see `Network`.
+    """
+    return Network(hosts, **{name: getattr(options, name) for name in OPTIONS})
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe the links."""
+    add = parser.add_argument
+    add("--rate", default=OPTIONS["rate"], help="of each emulated host's link, each way; default 1gbit")
+    add(
+        "--latency",
+        default=OPTIONS["latency"],
+        help="of each emulated host's link, one way, such as 0.2ms; default none",
+    )
+    add("--loss", default=OPTIONS["loss"], help="of packets on each emulated host's link, such as 0.1%%; default none")
+    add("--racks", type=int, default=OPTIONS["racks"], help="switches with emulated hosts of their own; default 1")
+    add("--rack-rate", default=OPTIONS["rack_rate"], help="of the links between racks; default as fast as it goes")
+
+
+def commands(network: Network, pids: Sequence[int], *, netem: bool = True) -> list[list[str]]:
+    """Return what builds the network, given a process of each host.
+
+    Without `netem`, a link with latency or loss is left open between `near0` (the host's side) and `far0` (the
+    switch's), which a delay line is to join; the numbers are those of the hosts.
+    """
+    lines = [["ip", "link", "set", "lo", "up"], *_racks(network)]
+    for host, pid in enumerate(pids):
+        end, inside = f"host{host}", ["nsenter", "--target", str(pid), "--net"]
+        if network.is_disturbed and not netem:
+            lines += _open_link(host, pid)
+        else:
+            lines.append(["ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(pid)])
+        lines.append(["ip", "link", "set", end, "master", f"rack{network.rack(host)}", "up"])
+        lines.append([*inside, "ip", "addr", "add", f"{network.address(host)}/24", "dev", "eth0"])
+        lines += [[*inside, "ip", "link", "set", device, "up"] for device in ("eth0", "lo")]
+        lines += [_shaped(end, network.rate), [*inside, *_shaped("eth0", network.rate)]]
+        if network.is_disturbed and netem:
+            lines += [_disturbed(end, network), [*inside, *_disturbed("eth0", network)]]
+    return lines
+
+
+def _racks(network: Network) -> list[list[str]]:
+    lines = []
+    for rack in range(network.racks):
+        lines += [["ip", "link", "add", f"rack{rack}", "type", "bridge"], ["ip", "link", "set", f"rack{rack}", "up"]]
+    for rack in range(1, network.racks):
+        up, down = f"up{rack}", f"down{rack}"
+        lines.append(["ip", "link", "add", up, "type", "veth", "peer", "name", down])
+        lines.append(["ip", "link", "set", up, "master", "rack0", "up"])
+        lines.append(["ip", "link", "set", down, "master", f"rack{rack}", "up"])
+        if network.rack_rate:
+            lines += [_shaped(end, network.rack_rate) for end in (up, down)]
+    return lines
+
+
+def _open_link(host: int, pid: int) -> list[list[str]]:
+    near, far = f"near{host}", f"far{host}"
+    return [
+        ["ip", "link", "add", near, "type", "veth", "peer", "name", "eth0", "netns", str(pid)],
+        ["ip", "link", "add", f"host{host}", "type", "veth", "peer", "name", far],
+        *(["ip", "link", "set", end, "addrgenmode", "none", "up"] for end in (near, far)),
+    ]
+
+
+def _shaped(device: str, rate: str) -> list[str]:
+    shape = ["tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
+    return ["tc", "qdisc", "add", "dev", device, "root", "handle", "1:", *shape]
+
+
+def _disturbed(device: str, network: Network) -> list[str]:
+    wanted = {"delay": network.latency, "loss": network.loss}
+    netem = [word for name, value in wanted.items() if value for word in (name, value)]
+    return ["tc", "qdisc", "add", "dev", device, "parent", "1:1", "handle", "10:", "netem", *netem, "limit", "100000"]
