@@ -5,7 +5,9 @@
     setting = Setting(Job(dense_bytes=200e6, step_ms=40, batch=256), Cluster(hosts=1000, gbps=25))
     predict(setting, "shadow").sync_gap_steps, simulate(setting, "shadow", seed=1).sync_gap_steps
 
-It models time, not quality: how large a sync gap a model bears has to be tried.
+It models time, not quality: how large a sync gap a model bears has to be tried. It leaves out sharded embeddings and
+their traffic, switches that are fuller than a host's link, lost packets, stalls of communicator threads, and what a
+framework does beside its reductions (Horovod's thread wakes every millisecond, say).
 """
 
 from hvd_shadowsync.capacity.reduction import Reduction, background, foreground, per_step

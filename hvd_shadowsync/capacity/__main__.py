@@ -56,6 +56,7 @@ def _predict(args: argparse.Namespace) -> None:
     check_count("seed", seed := args.seed or 0, least=0)
     if args.cores is not None:
         raise ValueError(f"--cores {args.cores:g} goes with --validate; give --cores-per-host here")
+    _check_folders(args)
     setting = setting_of(args)
     table = _table(setting)
     predictions = {name: predict(asked, way) for name, (asked, way) in table.items()}
@@ -131,6 +132,7 @@ def _validate(args: argparse.Namespace) -> None:
         raise ValueError(f"--cores {args.cores:g} and --cores-per-host {args.cores_per_host:g} say the same; give one")
     if args.cores is not None:
         check_interval("cores", args.cores, low=0.0, high=math.inf, low_included=False, high_included=False)
+    _check_folders(args)
     args.dense_mb, args.step_ms, args.hosts = 1.0, 1.0, 1  # each record has its own
     found = compare(load(args.validate), setting_of(args), args.cores)
     compared = [each for each in found if isinstance(each, Compared)]
@@ -165,6 +167,13 @@ def _short(value: float | None) -> str:
 
 def _dicts(predictions: dict[str, Prediction]) -> dict[str, dict[str, float]]:
     return {name: asdict(each) for name, each in predictions.items()}
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    for name in ("plot", "json"):
+        file: Path | None = getattr(args, name)
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"--{name} {file}: there is no folder {file.parent}; make it, or give another")
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

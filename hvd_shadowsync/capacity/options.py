@@ -31,46 +31,57 @@ OPTION_OF = {"dense_bytes": "dense_mb", "chunk_bytes": "chunk_mb"}
 OF_RECORDS = ("dense_mb", "step_ms", "batch", "hosts", "ranks_per_host", "gbps", "fixed_every", "plot", "seed")
 """Options that do not go with `--validate`: records say these, or nothing is drawn."""
 METAVARS = {_number: "X", _whole: "N", str: "NAME"}
-C, J, K, U = Cluster(hosts=1), Job(1, 1), Costs(), Unevenness()
+JOB, CLUSTER, COSTS, EVEN = Job(1.0, 1.0), Cluster(hosts=1), Costs(), Unevenness()
+SETTING = Setting(JOB, CLUSTER)
 OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {
     "the job": [
         ("--dense-mb", _number, None, "weights that are synchronised, 10^6 bytes"),
         ("--step-ms", _number, None, "a training step without synchronisation"),
-        ("--batch", _number, J.batch, "examples in a step of a rank"),
+        ("--batch", _number, JOB.batch, "examples in a step of a rank"),
     ],
     "the hosts": [
         ("--hosts", _whole, None, "number of hosts"),
-        ("--ranks-per-host", _whole, C.ranks_per_host, "ranks of each"),
-        ("--gbps", _number, C.gbps, "rate of a host's link in each direction, Gbit/s"),
-        ("--latency-us", _number, C.latency_us, "a small message from host to host, one way"),
-        ("--goodput", _number, C.goodput, "share of the rate that payload gets"),
-        ("--memory-gbs", _number, C.memory_gbs, "what a rank's thread moves in memory, 10^9 bytes/s"),
+        ("--ranks-per-host", _whole, CLUSTER.ranks_per_host, "ranks of each"),
+        ("--gbps", _number, CLUSTER.gbps, "rate of a host's link in each direction, Gbit/s"),
+        ("--latency-us", _number, CLUSTER.latency_us, "a small message from host to host, one way"),
+        ("--goodput", _number, CLUSTER.goodput, "share of the rate that payload gets"),
+        ("--memory-gbs", _number, CLUSTER.memory_gbs, "what a rank's thread moves in memory, 10^9 bytes/s"),
         ("--cores-per-host", _number, None, "cores that ranks and communicator threads share; default: none is short"),
         ("--cores", _number, None, "with --validate: cores of the machine that all hosts are emulated on"),
-        ("--algorithm", str, C.algorithm, f"of allreduces: {', '.join(ALGORITHMS)} (the faster); rounds set the ring"),
+        (
+            "--algorithm",
+            str,
+            CLUSTER.algorithm,
+            f"of allreduces: {', '.join(ALGORITHMS)} (the faster); rounds set the ring",
+        ),
     ],
     "costs of a rank": [
-        ("--cpu-s-per-gb", _number, K.cpu_s_per_gb, "CPU seconds for a GB on the wire: TCP, sums"),
-        ("--round-cpu-s-per-gb", _number, K.round_cpu_s_per_gb, "CPU seconds of a round for a GB of weights"),
-        ("--merge-cpu-s-per-gb", _number, K.merge_cpu_s_per_gb, "CPU seconds of training to merge a GB of weights"),
-        ("--cpu-us-per-look", _number, K.cpu_us_per_look, "CPU microseconds to look whether a reduction is through"),
-        ("--cpu-us-per-message", _number, K.cpu_us_per_message, "CPU microseconds for a message"),
+        ("--cpu-s-per-gb", _number, COSTS.cpu_s_per_gb, "CPU seconds for a GB on the wire: TCP, sums"),
+        ("--round-cpu-s-per-gb", _number, COSTS.round_cpu_s_per_gb, "CPU seconds of a round for a GB of weights"),
+        ("--merge-cpu-s-per-gb", _number, COSTS.merge_cpu_s_per_gb, "CPU seconds of training to merge a GB of weights"),
+        (
+            "--cpu-us-per-look",
+            _number,
+            COSTS.cpu_us_per_look,
+            "CPU microseconds to look whether a reduction is through",
+        ),
+        ("--cpu-us-per-message", _number, COSTS.cpu_us_per_message, "CPU microseconds for a message"),
     ],
     "ways": [
-        ("--overlap", _number, 0.5, "share of a step in which per-step allreduce hides behind backward"),
-        ("--fixed-every", _whole, 5, "steps from round to round at a fixed rate"),
+        ("--overlap", _number, SETTING.overlap, "share of a step in which per-step allreduce hides behind backward"),
+        ("--fixed-every", _whole, SETTING.fixed_every, "steps from round to round at a fixed rate"),
         ("--cpu-budget", _number, None, "share of a core for shadow rounds; default: 0.02, where nothing else paces"),
         ("--sync-every", _whole, None, "steps that a shadow round waits for"),
         ("--sync-interval-ms", _number, None, "from shadow round to shadow round"),
         ("--chunk-mb", _number, None, "one of a round's allreduces, 10^6 bytes; default: 1 MiB"),
-        ("--in-flight", _whole, 2, "allreduces of a round under way at a time"),
+        ("--in-flight", _whole, SETTING.chunking.in_flight, "allreduces of a round under way at a time"),
     ],
     "unevenness": [
-        ("--jitter", _number, U.jitter, "coefficient of variation of steps, which are lognormal"),
-        ("--slow-share", _number, U.slow_share, "share of ranks that are slow"),
-        ("--slow-factor", _number, U.slow_factor, "how many times longer their steps take"),
-        ("--stall-share", _number, U.stall_share, "share of steps that stall"),
-        ("--stall-ms", _number, U.stall_ms, "milliseconds of a stall"),
+        ("--jitter", _number, EVEN.jitter, "coefficient of variation of steps, which are lognormal"),
+        ("--slow-share", _number, EVEN.slow_share, "share of ranks that are slow"),
+        ("--slow-factor", _number, EVEN.slow_factor, "how many times longer their steps take"),
+        ("--stall-share", _number, EVEN.stall_share, "share of steps that stall"),
+        ("--stall-ms", _number, EVEN.stall_ms, "milliseconds of a stall"),
         ("--seed", _whole, 0, "of the simulation"),
     ],
 }

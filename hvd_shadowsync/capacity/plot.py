@@ -47,5 +47,7 @@ def draw(settings: Mapping[str, tuple[Setting, str]], file: Path) -> None:
 
 
 def _line(panel: Any, values: Sequence[float], name: str, colour: int) -> None:
-    hierarchical = name.endswith("hierarchical")
-    panel.plot(HOSTS, values, color=f"C{colour}", linestyle="--" if hierarchical else "-", linewidth=1.4, label=name)
+    """Draw one way; without synchronisation (0) dotted and above the others, some of which come close to it."""
+    style = ":" if colour == 0 else "--" if name.endswith("hierarchical") else "-"
+    shade, level = ("black", 3) if colour == 0 else (f"C{colour - 1}", 2)
+    panel.plot(HOSTS, values, color=shade, linestyle=style, linewidth=1.4, label=name, zorder=level)

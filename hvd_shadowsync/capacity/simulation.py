@@ -9,16 +9,7 @@ from numpy.typing import NDArray
 
 from hvd_shadowsync.capacity.reduction import background, foreground, per_step, vote
 from hvd_shadowsync.capacity.setting import Setting
-from hvd_shadowsync.capacity.ways import (
-    WAYS,
-    Prediction,
-    exposed_s,
-    fixed_s,
-    outcome,
-    predict,
-    slowdown,
-    waits_s,
-)
+from hvd_shadowsync.capacity.ways import WAYS, Prediction, exposed_s, fixed_s, outcome, predict, slowdown, waits_s
 from hvd_shadowsync.checks import check_count, choice
 
 Floats = NDArray[np.float64]
@@ -99,8 +90,7 @@ class Ranks:
 def simulate(setting: Setting, way: str, *, seed: int = 0, rounds: int = ROUNDS) -> Prediction:
     """Play `rounds` rounds of one of `WAYS` through; 200 steps where ranks wait for one another, fewer of very many.
 
-    Reductions take the time of the closed form: what is drawn are the ranks' steps. Memory goes by
-    the number of ranks.
+    Reductions take the time of the closed form: what is drawn are the ranks' steps. Memory goes by the number of ranks.
     """
     choice("way", way, WAYS)
     check_count("rounds", rounds, least=1)

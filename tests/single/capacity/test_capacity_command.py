@@ -128,6 +128,8 @@ def test_predicted_beside_measured(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--in-flight", "0"], "--in-flight 0 is below 1"),
         (["--seed", "-1"], "--seed -1 is below 0"),
         (["--algorithm", "tree"], "--algorithm 'tree' is unknown; give one of 'ring', 'halving', 'best'"),
+        (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere; make it, or give another"),
+        (["--plot", "nowhere/a.png"], "--plot nowhere/a.png: there is no folder nowhere"),
         (["--cores", "2"], "--cores 2 goes with --validate; give --cores-per-host here"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
     ],
