@@ -110,8 +110,9 @@ def _notes(setting: Setting) -> list[str]:
     better = _chunked(setting, min(CHUNKS, key=lambda chunk: background(_chunked(setting, chunk)).seconds))
     now, then = predict(setting, "shadow"), predict(better, "shadow")
     if then.reduction_ms < WORTHWHILE * now.reduction_ms:
+        chunk_mb = better.chunking.bytes_among(cluster.ranks) / 1e6
         notes.append(
-            f"with --chunk-mb {better.chunking.chunk_bytes / 1e6:g}, flat: shadow round {then.reduction_ms:.1f} ms, "
+            f"with --chunk-mb {chunk_mb:g}, flat: shadow round {then.reduction_ms:.1f} ms, "
             f"gap {then.sync_gap_steps:.1f} steps"
         )
     return ["", *notes]

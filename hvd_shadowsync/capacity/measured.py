@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hvd_shadowsync.capacity.reduction import background, per_step
+from hvd_shadowsync.capacity.reduction import Reduction, background, foreground, per_step
 from hvd_shadowsync.capacity.setting import Job, Setting, Unevenness
 from hvd_shadowsync.capacity.ways import Prediction, predict
 from hvd_shadowsync.pacing import Pacing
@@ -106,7 +106,7 @@ def _unknown(record: Record, steps: Mapping[tuple[Any, ...], float]) -> str:
         return "no run of it has come to its end"
     if trains and name.startswith("none"):
         return "it is what the step's time is taken from" if name == "none" else "it is not synchronised"
-    if (trains and _way_of(name) is None) or (not trains and name not in REDUCTIONS):
+    if (trains and _way_of(name) is None) or not (trains or name in REDUCTIONS):
         return f"there is no model of {name}"
     if trains and _run(record) not in steps:
         return "there is no record 'none' of the same run, from which the step's time is taken"
@@ -161,7 +161,11 @@ def _halved(setting: Setting) -> Setting:
 # --- allreduces by themselves -----------------------------------------------------------------------------------------
 
 
-REDUCTIONS = {"ours": background, "horovod": per_step}
+REDUCTIONS: Mapping[str, Callable[[Setting], Reduction]] = {
+    "ours": background,
+    "ours, float16": lambda setting: foreground(_halved(setting)),
+    **dict.fromkeys(("Horovod", "MPI_Allreduce", "Gloo"), per_step),
+}
 
 
 def _alone(record: Record, setting: Setting) -> Iterator[Compared]:
@@ -170,7 +174,8 @@ def _alone(record: Record, setting: Setting) -> Iterator[Compared]:
     job = replace(setting.job, dense_bytes=num_bytes)
     reduction = REDUCTIONS[_name(record)](replace(setting, job=job, costs=costs))
     yield _spread(_title(record), "ms", 1000 * reduction.seconds, record["ms"])
-    yield from _if_there(record, "cpu_s_per_gb", reduction.cpu_s / num_bytes * 1e9)
+    if _name(record).startswith("ours"):  # others wait without a pause: their CPU time is all the time
+        yield _spread(_title(record), "CPU s/GB", reduction.cpu_s / num_bytes * 1e9, {"median": record["cpu_s_per_gb"]})
 
 
 # --- what they have in common -----------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {
         ("--cpu-budget", _number, None, "share of a core for shadow rounds; default: 0.02, where nothing else paces"),
         ("--sync-every", _whole, None, "steps that a shadow round waits for"),
         ("--sync-interval-ms", _number, None, "from shadow round to shadow round"),
-        ("--chunk-mb", _number, None, "one of a round's allreduces, 10^6 bytes; default: 1 MiB"),
-        ("--in-flight", _whole, SETTING.chunking.in_flight, "allreduces of a round under way at a time"),
+        ("--chunk-mb", _number, None, "one of a round's reductions, 10^6 bytes; default: 1 to 4 MiB, by ranks"),
+        ("--in-flight", _whole, SETTING.chunking.in_flight, "reductions of a round under way at a time"),
     ],
     "unevenness": [
         ("--jitter", _number, EVEN.jitter, "coefficient of variation of steps, which are lognormal"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from hvd_shadowsync.capacity.setting import Chunking, Cluster, Setting
+from hvd_shadowsync.capacity.setting import MIB, Chunking, Cluster, Setting
 
 NEAR_LATENCY_S = 2e-6  # a message between ranks of a host
 FLAT_PASSES = 4  # a byte from rank to rank of a host is read, written into shared memory, and read and written there
-VOTE_BYTES = 32
-FUSED = Chunking(float(128 << 20), in_flight=1, pause_ms=0.0)
+VOTE_BYTES = 40
+FUSED = Chunking(128 * MIB, in_flight=1, pause_ms=0.0)
 """Horovod's fusion buffer, waited for without pauses."""
 
 
@@ -126,7 +126,7 @@ def foreground(setting: Setting) -> Reduction:
 
 
 def vote(setting: Setting) -> Reduction:
-    """Return the time of a vote: each of P ranks sends 32 bytes to each other one (`MPI_Iallgather` in Open MPI)."""
+    """Return the time of a vote: each of P ranks sends 40 bytes to each other one (`MPI_Iallgather` in Open MPI)."""
     cluster = setting.cluster
     if cluster.ranks == 1:
         return NOTHING
@@ -151,14 +151,16 @@ def _reduction(setting: Setting, algorithm: Algorithm) -> Reduction:
     """
     cluster, costs, chunking = setting.cluster, setting.costs, setting.chunking
     asked = hierarchical(algorithm, cluster) if cluster.hierarchical else algorithm(cluster)
-    chunk = min(chunking.chunk_bytes, setting.job.dense_bytes)
+    members = cluster.hosts if cluster.hierarchical else cluster.ranks
+    chunk = min(chunking.bytes_among(members), setting.job.dense_bytes)
     wire_s = chunk * asked.share / cluster.bytes_per_s
     work_s = chunk * (costs.round_cpu_s_per_gb + costs.cpu_s_per_gb * asked.share) * 1e-9
     messages_s = asked.messages * costs.cpu_us_per_message * 1e-6
     cpu_s = max(work_s, chunk * asked.passes / cluster.memory_gbs * 1e-9) + messages_s
     busy_s = max(wire_s, cpu_s * cluster.crowding)
     travel_s = asked.far * cluster.latency_us * 1e-6 + asked.near * NEAR_LATENCY_S
-    pause_s = min(chunking.pause_ms / 1000, chunking.growth * (busy_s + travel_s))
+    longest_s = chunking.pause_ms / 1000
+    pause_s = min(longest_s, longest_s / 4 + chunking.growth * (busy_s + travel_s))
     alone_s = busy_s + travel_s + (asked.far + asked.near) * pause_s / 2
     chunks = setting.job.dense_bytes / chunk
     seconds = alone_s + (chunks - 1) * max(busy_s, alone_s / chunking.in_flight)

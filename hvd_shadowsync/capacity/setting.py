@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from hvd_shadowsync.checks import check_count, check_flag, check_interval, choice
 from hvd_shadowsync.pacing import Pacing
 
+MIB = float(1 << 20)
 ALGORITHMS = ("ring", "halving", "best")
 
 
@@ -95,25 +96,32 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Chunking:
-    """How a program feeds its weights into allreduces, and looks whether they are through.
+    """How a program feeds its weights into reductions, and looks whether they are through.
+
+    The defaults are what rounds start with (`reducers.transfer.Transfer`), before they search for something better.
 
     Attributes:
-        chunk_bytes: bytes of one allreduce; default 1 MiB.
-        in_flight: allreduces under way at a time; default 2.
+        chunk_bytes: bytes of one reduction; default None: 512 KiB for each of those that reduce, 1 to 4 MiB.
+        in_flight: reductions under way at a time; default 4.
         pause_ms: the longest pause between two looks, milliseconds; default 1; 0: it never sleeps.
-        growth: a pause over the time waited until then; default 0.3 (`comm.poll.Poller`).
+        growth: how pauses grow from a quarter of that on, over the time waited; default 0.3 (`comm.poll.Poller`).
     """
 
-    chunk_bytes: float = float(1 << 20)
-    in_flight: int = 2
+    chunk_bytes: float | None = None
+    in_flight: int = 4
     pause_ms: float = 1.0
     growth: float = 0.3
 
     def __post_init__(self) -> None:
-        _positive("chunk_bytes", self.chunk_bytes)
+        if self.chunk_bytes is not None:
+            _positive("chunk_bytes", self.chunk_bytes)
         check_count("in_flight", self.in_flight, least=1)
         _not_negative("pause_ms", self.pause_ms)
         _not_negative("growth", self.growth)
+
+    def bytes_among(self, members: int) -> float:
+        """Return the bytes of a reduction among so many ranks."""
+        return min(max(members * MIB / 2, MIB), 4 * MIB) if self.chunk_bytes is None else self.chunk_bytes
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,7 @@ class Setting:
 
     Attributes:
         job, cluster, costs, unevenness: see there.
-        chunking: of rounds; default: as `reducers.mean.AllReduceMean` makes them.
+        chunking: of rounds.
         pacing: of shadow rounds; default: 2 % of a core.
         overlap: share of a step, in [0, 1], in which backward goes on while gradients of per-step allreduce are
             reduced; default 0.5: backward is about two thirds of a step; the first layers' gradients come last.

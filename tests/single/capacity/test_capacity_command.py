@@ -48,7 +48,7 @@ def test_a_row_for_each_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert "allreduces: ring" in out
     assert "with halving, flat:" in out, "what is not assumed"
     assert "is that of the CPU budget" in out
-    assert "with --chunk-mb" in out, "64 ranks' messages take longer than 1 MiB"
+    assert "with --chunk-mb" in out, "64 ranks' messages take longer than 4 MiB"
 
 
 def test_hierarchical_rows_where_hosts_have_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:

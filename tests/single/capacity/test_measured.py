@@ -104,8 +104,10 @@ def test_allreduces_by_themselves() -> None:
     asked = replace(ASKED, costs=replace(FREE, cpu_s_per_gb=0.5, round_cpu_s_per_gb=9.0))
     results = compare([{**record, "contender": "ours"}], asked)
     found = {each.figure: each.predicted for each in results if isinstance(each, Compared)}
-    assert found["ms"] == pytest.approx(150.0), "there is neither snapshot nor update"
-    assert found["cpu_s_per_gb"] == pytest.approx(0.75)
+    assert found == pytest.approx({"ms": 150.0, "CPU s/GB": 0.75}), "there is neither snapshot nor update"
+    for contender, figures in (("ours, float16", {"ms": 75.0, "CPU s/GB": 0.375}), ("Horovod", {"ms": 150.0})):
+        results = compare([{**record, "contender": contender}], asked)
+        assert figures == pytest.approx({each.figure: each.predicted for each in results if isinstance(each, Compared)})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_allreduces_by_themselves() -> None:
         ),
         ([NONE, {key: value for key, value in run("S-MA").items() if key != "dense_bytes"}], "lacks 'dense_bytes'"),
         ([NONE, run("S-MA", dense_bytes=-1)], "dense_bytes=-1 is outside"),
-        ([{"mb": 1, "hosts": 2, "rate_mbit": 1000, "contender": "gloo"}], "there is no model of gloo"),
+        ([{"mb": 1, "hosts": 2, "rate_mbit": 1000, "contender": "NCCL"}], "there is no model of NCCL"),
         ([{}], "there is no model of ?"),
     ],
 )

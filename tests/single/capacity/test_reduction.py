@@ -93,11 +93,20 @@ def test_ten_chunks_between_two_hosts(in_flight: int, latency_us: float, seconds
     assert background(asked).seconds == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(("hosts", "mib"), [(2, 1), (5, 2.5), (8, 4), (10_000, 4)])
+def test_chunks_are_larger_among_more_ranks(hosts: int, mib: float) -> None:
+    assert Chunking().bytes_among(hosts) == mib * 2**20
+    assert Chunking(1e6).bytes_among(hosts) == 1e6
+    chosen = replace(PLAIN.chunking, chunk_bytes=mib * 2**20, in_flight=4, pause_ms=1.0)
+    asked = on(PLAIN, hosts=hosts, ranks_per_host=2, hierarchical=True)
+    assert background(replace(asked, chunking=Chunking())) == background(replace(asked, chunking=chosen))
+
+
 def test_each_message_is_found_half_a_pause_late() -> None:
     late = replace(on(PLAIN, hosts=2), chunking=replace(WHOLE, pause_ms=1.0, growth=0.3))
     assert background(late).seconds == pytest.approx(0.1 + 2 * 0.0005)
-    short = of_bytes(late, 1e6)  # pauses have grown to 0.3 of a millisecond
-    assert background(short).seconds == pytest.approx(0.001 + 2 * 0.00015)
+    short = of_bytes(late, 1e6)  # pauses have grown from 0.25 by 0.3 milliseconds
+    assert background(short).seconds == pytest.approx(0.001 + 2 * 0.000275)
 
 
 def test_horovod_waits_without_pauses_in_whole_buffers() -> None:
