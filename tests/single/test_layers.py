@@ -19,6 +19,16 @@ SOURCES = {
 }
 MODULES = sorted(SOURCES)
 
+
+def short(module: str) -> str:
+    return module.removeprefix(f"{PACKAGE}.")
+
+
+def part(module: str) -> str:
+    """Return the part of the package that `module` belongs to."""
+    return short(module).split(".")[0]
+
+
 LAYERS = [
     ["errors", "checks"],
     ["comm"],
@@ -32,7 +42,7 @@ LAYERS = [
     ["optimizer"],
     ["distributed", "broadcast"],
     ["torch", "checkpoint"],
-    ["command", "emulated", "run", "doctor", "__main__"],
+    ["command", "emulated", "run", "doctor", "capacity", "__main__"],
 ]
 """Parts of the package, the lowest layer first; a part is a module or a folder."""
 
@@ -53,21 +63,14 @@ WITHOUT_TORCH = [
     "emulated.network",
     "run",
     "doctor",
+    *(short(module) for module in MODULES if part(module) == "capacity"),
 ]
 OPTIONAL = {
     "mpi4py": {"comm.mpi", "__main__"},
     "horovod": {"torch", "__main__"},
     "fbgemm_gpu": {"embedding.kernels.fbgemm"},
+    "matplotlib": {"capacity.plot"},
 }
-
-
-def short(module: str) -> str:
-    return module.removeprefix(f"{PACKAGE}.")
-
-
-def part(module: str) -> str:
-    """Return the part of the package that `module` belongs to."""
-    return short(module).split(".")[0]
 
 
 def imported(module: str, *, everywhere: bool = True) -> set[str]:
@@ -164,7 +167,8 @@ def test_mpi_and_horovod_are_not_needed_to_import_anything_but_the_drop_in() -> 
 
 
 def test_nothing_else_is_needed() -> None:
-    allowed = {"torch", "mpi4py", "horovod", "safetensors", "fbgemm_gpu"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "numpy", "mpi4py", "horovod", "safetensors", "fbgemm_gpu", "matplotlib"}
+    allowed |= set(sys.stdlib_module_names)
     assert {name for module in MODULES for name in outside(module)} <= allowed
 
 
