@@ -57,7 +57,7 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for hosts in arguments.hosts:
         runs = [run for _ in range(arguments.turns) for job in arguments.jobs for run in start(job, hosts, arguments)]
-        records += summary(runs, hosts, arguments.rate_mbit)
+        records += summary(runs, hosts, arguments)
         print(table(records, hosts), flush=True)
     RAW.parent.mkdir(exist_ok=True)
     RAW.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ def start(job: str, hosts: int, arguments: argparse.Namespace) -> list[dict[str,
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def summary(runs: list[dict[str, Any]], hosts: int, rate_mbit: float) -> list[dict[str, Any]]:
+def summary(runs: list[dict[str, Any]], hosts: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one record for each contender and size, with the figures of all its jobs."""
     records = []
     for contender, mb in dict.fromkeys((run["contender"], run["mb"]) for run in runs):
@@ -86,8 +86,9 @@ def summary(runs: list[dict[str, Any]], hosts: int, rate_mbit: float) -> list[di
                 "contender": contender,
                 "mb": mb,
                 "hosts": hosts,
-                "rate_mbit": rate_mbit,
-                "bound_ms": 2 * (hosts - 1) / hosts * 8000 * mb / rate_mbit,
+                "ranks_per_host": arguments.ranks_per_host,
+                "rate_mbit": arguments.rate_mbit,
+                "bound_ms": 2 * (hosts - 1) / hosts * 8000 * mb / arguments.rate_mbit,
                 "ms": {"median": statistics.median(times), "best": min(times), "worst": max(times)},
                 "cpu_s_per_gb": statistics.median(each for run in same for each in run["cpu_s_per_gb"]),
                 "runs": same,
@@ -164,6 +165,7 @@ def ours() -> Contenders:
 
     from hvd_shadowsync.comm import mpi
     from hvd_shadowsync.comm.poll import Poller
+    from hvd_shadowsync.comm.transfer import Transfer
     from hvd_shadowsync.reducers import (
         AllReduceMean,
         HierarchicalMean,
@@ -171,7 +173,6 @@ def ours() -> Contenders:
         Hosts,
         OwnerMean,
         Reducer,
-        Transfer,
     )
 
     comm, vectors = mpi.world(), Vectors()

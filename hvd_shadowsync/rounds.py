@@ -20,6 +20,7 @@ from hvd_shadowsync.algorithms.base import State, named, slices
 from hvd_shadowsync.ballot import Ballot, Intent, Verdict
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.transfer import Search, Transfer
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reducers import (
@@ -32,8 +33,6 @@ from hvd_shadowsync.reducers import (
     Hosts,
     OwnerMean,
     Reducer,
-    Search,
-    Transfer,
 )
 from hvd_shadowsync.reducers.base import Fill, as_it_is
 from hvd_shadowsync.replica import Merge, Replica

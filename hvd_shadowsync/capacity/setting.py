@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from hvd_shadowsync.checks import check_count, check_flag, check_interval, choice
+from hvd_shadowsync.comm.transfer import Transfer
 from hvd_shadowsync.pacing import Pacing
 
 MIB = float(1 << 20)
@@ -101,7 +102,7 @@ class Chunking:
     The defaults are what rounds start with (`reducers.transfer.Transfer`), before they search for something better.
 
     Attributes:
-        chunk_bytes: bytes of one reduction; default None: 512 KiB for each of those that reduce, 1 to 4 MiB.
+        chunk_bytes: bytes of one reduction; default None: what rounds begin with, `comm.transfer.Transfer.between`.
         in_flight: reductions under way at a time; default 4.
         pause_ms: the longest pause between two looks, milliseconds; default 1; 0: it never sleeps.
         growth: how pauses grow from a quarter of that on, over the time waited; default 0.3 (`comm.poll.Poller`).
@@ -121,7 +122,7 @@ class Chunking:
 
     def bytes_among(self, members: int) -> float:
         """Return the bytes of a reduction among so many ranks."""
-        return min(max(members * MIB / 2, MIB), 4 * MIB) if self.chunk_bytes is None else self.chunk_bytes
+        return Transfer.between(members).chunk_bytes if self.chunk_bytes is None else self.chunk_bytes
 
 
 @dataclass(frozen=True)

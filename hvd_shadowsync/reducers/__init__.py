@@ -5,7 +5,6 @@ from hvd_shadowsync.reducers.elastic import ElasticCenter, ElasticInTurn
 from hvd_shadowsync.reducers.hierarchical import HierarchicalMean, Hosts
 from hvd_shadowsync.reducers.host import HostMean, HostMemory
 from hvd_shadowsync.reducers.mean import AllReduceMean, ChunkedMean, OwnerMean
-from hvd_shadowsync.reducers.transfer import Search, Transfer
 
 __all__ = [
     "AllReduceMean",
@@ -18,6 +17,4 @@ __all__ = [
     "Hosts",
     "OwnerMean",
     "Reducer",
-    "Search",
-    "Transfer",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from hvd_shadowsync.reducers.transfer import Transfer
+from hvd_shadowsync.comm.transfer import Transfer
 
 CHUNK_BYTES = 1 << 20
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.transfer import Transfer
 from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is
 from hvd_shadowsync.reducers.host import WAITING, HostMemory, Reached
 from hvd_shadowsync.reducers.mean import ChunkedMean
-from hvd_shadowsync.reducers.transfer import Transfer
 
 AHEAD = 2
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.transfer import Transfer
 from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is
-from hvd_shadowsync.reducers.transfer import Transfer
 
 
 class ChunkedMean(Reducer):
@@ -76,6 +76,8 @@ class AllReduceMean(ChunkedMean):
 
     def _post(self, values: Tensor, weight: float, chunk: int) -> tuple[Tensor, Request]:
         buffer = self._free.pop() if self._free else values.new_empty(chunk)
+        if buffer.numel() < chunk:  # of a shorter vector
+            buffer = values.new_empty(chunk)
         into = buffer[: values.numel()]
         self.bytes_sent += 2 * (self._comm.size - 1) * values.nbytes // self._comm.size
         if weight == 1:

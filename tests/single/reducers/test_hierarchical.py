@@ -17,7 +17,8 @@ from torch import Tensor
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.reducers import AllReduceMean, ChunkedMean, HierarchicalMean, HostMemory, Hosts, OwnerMean, Transfer
+from hvd_shadowsync.comm.transfer import Transfer
+from hvd_shadowsync.reducers import AllReduceMean, ChunkedMean, HierarchicalMean, HostMemory, Hosts, OwnerMean
 
 UNEQUAL = [0, 0, 0, 1, 2, 2]
 INTERLEAVED = [0, 1, 0, 1]

@@ -152,7 +152,7 @@ def test_the_owners_sum_is_formed_in_rank_order() -> None:
 
 @both
 def test_a_reducer_can_be_used_again_with_other_lengths(kind: Kind) -> None:
-    lengths = [30, 7, 55, 0, 30]
+    lengths = [7, 30, 7, 55, 0, 30]
 
     def program(comm: Communicator) -> list[Tensor]:
         reducer = kind(comm, Poller(), chunk_bytes=40)

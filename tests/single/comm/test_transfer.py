@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.reducers import Search, Transfer
-from hvd_shadowsync.reducers.transfer import EAGER_BYTES, ROUNDS_OF_A_TRIAL, WARM_UP_ROUNDS
+from hvd_shadowsync.comm.transfer import EAGER_BYTES, ROUNDS_OF_A_TRIAL, WARM_UP_ROUNDS, Search, Transfer
 
 MIB = 1 << 20
 START = Transfer(MIB, 4, 0.001)
@@ -24,7 +23,7 @@ def searched(cost: Callable[[Transfer], float], num_bytes: int = 64 * MIB, start
     return [*used, search.transfer]
 
 
-@pytest.mark.parametrize(("size", "mib"), [(2, 1), (3, 1.5), (4, 2), (8, 4), (1000, 4)])
+@pytest.mark.parametrize(("size", "mib"), [(2, 1), (3, 1.5), (4, 2), (8, 4), (64, 4), (1000, 62.5)])
 def test_a_ranks_share_of_a_chunk_is_sent_without_asking(size: int, mib: float) -> None:
     chunk_bytes = Transfer.between(size).chunk_bytes
     assert chunk_bytes == mib * MIB

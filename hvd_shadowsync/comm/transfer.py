@@ -11,6 +11,7 @@ from hvd_shadowsync.comm.poll import Poller
 KIB = 1 << 10
 EAGER_BYTES = 512 * KIB
 LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 1024 * KIB, 4096 * KIB
+LEAST_SHARE_BYTES = 64 * KIB
 ROUNDS_OF_A_TRIAL = 3
 WARM_UP_ROUNDS = 2
 WORTH_IT = 0.95
@@ -32,8 +33,13 @@ class Transfer:
 
     @classmethod
     def between(cls, size: int) -> Transfer:
-        """Return what `size` ranks start with: a rank's share of a chunk is what MPI sends without asking first."""
-        return cls(min(max(size * EAGER_BYTES, LEAST_CHUNK_BYTES), MOST_CHUNK_BYTES))
+        """Return what `size` ranks start with.
+
+        A rank's share of a chunk is what MPI sends without asking first; less where chunks would outgrow a core's
+        cache, but never so little that messages cost more than what is in them.
+        """
+        most = max(MOST_CHUNK_BYTES, size * LEAST_SHARE_BYTES)
+        return cls(min(max(size * EAGER_BYTES, LEAST_CHUNK_BYTES), most))
 
     def poller(self, poller: Poller) -> Poller:
         """Return `poller` with these pauses; it never spins, which would use up the thread's turn of a shared core."""
