@@ -121,7 +121,7 @@ def _training(record: Record, setting: Setting, step_ms: float) -> Iterator[Comp
     assert chosen is not None, "looked at before"
     way, change = chosen
     asked = change(replace(setting, job=Job(record["dense_bytes"], step_ms, record["batch"])))
-    if way == "shadow" and asked.cluster.hosts == 1:
+    if way == "shadow":
         asked = replace(asked, cluster=replace(asked.cluster, hierarchical=True))
     predicted = predict(asked, way)
     title = _title(record)
@@ -216,7 +216,12 @@ def _run(record: Record) -> tuple[Any, ...]:
 
 
 def _title(record: Record) -> str:
-    what = record.get("workload") or f"{record.get('mb', '?')} MB"
-    hosts, rate, latency = record.get("hosts", "?"), record.get("rate_mbit"), record.get("latency_ms")
-    where = f"{hosts} hosts, {rate} Mbit/s" if rate else f"{hosts} ranks, one host"
-    return f"{what}, {where}{f', {latency} ms' if latency else ''}, {_name(record)}"
+    hosts, mb, rate, latency = (_plain(record.get(key)) for key in ("hosts", "mb", "rate_mbit", "latency_ms"))
+    what = record.get("workload") or f"{mb} MB"
+    where = f"{hosts} hosts, {rate} Mbit/s" if record.get("rate_mbit") else f"{hosts} ranks, one host"
+    return f"{what}, {where}{f', {latency} ms' if record.get('latency_ms') else ''}, {_name(record)}"
+
+
+def _plain(value: Any) -> str:
+    """Return 16.0 as "16", and "?" for what is missing."""
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value or "?")
