@@ -142,7 +142,8 @@ def _validate(args: argparse.Namespace) -> None:
     rows = [
         [c.run, c.figure, *map(_short, (c.predicted, c.measured, c.worst, c.best)), f"{c.ratio:.2f}"] for c in compared
     ]
-    print(_as_text([["run", "figure", "predicted", "measured", "worst", "best", "ratio"], *rows]), "", sep="\n")
+    headers = ["run", "figure", "predicted", "measured", "worst", "best", "ratio"]
+    print(_as_text([headers, *rows]) if rows else "no record is predicted", "", sep="\n")
     for figure in dict.fromkeys(each.figure for each in compared):
         ratios = sorted(each.ratio for each in compared if each.figure == figure)
         print(f"{figure}: predicted over measured {ratios[0]:.2f} to {ratios[-1]:.2f}, median {median(ratios):.2f}")
