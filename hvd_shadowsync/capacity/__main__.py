@@ -91,28 +91,30 @@ def _cells(each: Prediction) -> list[str]:
 
 
 def _notes(setting: Setting) -> list[str]:
-    """Return what the table assumes, and what other algorithms would give."""
+    """Return what the table assumes, and what other algorithms and chunks would give, on hosts as rounds use them."""
+    setting = replace(setting, cluster=replace(setting.cluster, hierarchical=True))
     job, cluster = setting.job, setting.cluster
+    kind = " (hierarchical)" if cluster.ranks_per_host > 1 else ""
     notes = [
         f"{job.dense_bytes / 1e6:g} MB dense, {job.step_ms:g} ms and {job.batch:g} examples a step",
         f"hosts: {cluster.hosts}, ranks of each: {cluster.ranks_per_host}; {cluster.gbps:g} Gbit/s, "
         f"{cluster.latency_us:g} us; allreduces: {cluster.algorithm}",
-        f"the period of shadow rounds (flat) is that of {paced_by(setting)}",
+        f"the period of shadow rounds{kind} is that of {paced_by(setting)}",
     ]
     for algorithm in ("ring", "halving"):
         if algorithm != cluster.algorithm:
             other = replace(setting, cluster=replace(cluster, algorithm=algorithm))
             step, shadow = predict(other, "allreduce"), predict(other, "shadow")
             notes.append(
-                f"with {algorithm}, flat: per-step allreduce {step.reduction_ms:.1f} ms, {step.examples_per_s:.0f} "
+                f"with {algorithm}{kind}: per-step allreduce {step.reduction_ms:.1f} ms, {step.examples_per_s:.0f} "
                 f"examples/s; shadow round {shadow.reduction_ms:.1f} ms, gap {shadow.sync_gap_steps:.1f} steps"
             )
     better = _chunked(setting, min(CHUNKS, key=lambda chunk: background(_chunked(setting, chunk)).seconds))
     now, then = predict(setting, "shadow"), predict(better, "shadow")
     if then.reduction_ms < WORTHWHILE * now.reduction_ms:
-        chunk_mb = better.chunking.bytes_among(cluster.ranks) / 1e6
+        chunk_mb = better.chunking.bytes_among(cluster.hosts) / 1e6
         notes.append(
-            f"with --chunk-mb {chunk_mb:g}, flat: shadow round {then.reduction_ms:.1f} ms, "
+            f"with --chunk-mb {chunk_mb:g}{kind}: shadow round {then.reduction_ms:.1f} ms, "
             f"gap {then.sync_gap_steps:.1f} steps"
         )
     return ["", *notes]
@@ -140,7 +142,8 @@ def _validate(args: argparse.Namespace) -> None:
     rows = [
         [c.run, c.figure, *map(_short, (c.predicted, c.measured, c.worst, c.best)), f"{c.ratio:.2f}"] for c in compared
     ]
-    print(_as_text([["run", "figure", "predicted", "measured", "worst", "best", "ratio"], *rows]), "", sep="\n")
+    headers = ["run", "figure", "predicted", "measured", "worst", "best", "ratio"]
+    print(_as_text([headers, *rows]) if rows else "no record is predicted", "", sep="\n")
     for figure in dict.fromkeys(each.figure for each in compared):
         ratios = sorted(each.ratio for each in compared if each.figure == figure)
         print(f"{figure}: predicted over measured {ratios[0]:.2f} to {ratios[-1]:.2f}, median {median(ratios):.2f}")

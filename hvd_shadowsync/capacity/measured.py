@@ -17,6 +17,8 @@ from hvd_shadowsync.pacing import Pacing
 LINKS = 2
 """That a message passes, its own host's and the other's, each with the latency that was added."""
 SAME_RUN = ("workload", "hosts", "rate_mbit", "latency_ms", "batch")
+OF_SEVERAL_RANKS = ("ours, every rank on the network", "ours, hierarchical")
+"""Contenders that have several ranks a host, whose records have to say how many."""
 SLOW = "-slow"
 """The end of the names of workloads whose last rank sleeps as long as it works, and whose own examples do not count."""
 
@@ -121,7 +123,7 @@ def _training(record: Record, setting: Setting, step_ms: float) -> Iterator[Comp
     assert chosen is not None, "looked at before"
     way, change = chosen
     asked = change(replace(setting, job=Job(record["dense_bytes"], step_ms, record["batch"])))
-    if way == "shadow" and asked.cluster.hosts == 1:
+    if way == "shadow":
         asked = replace(asked, cluster=replace(asked.cluster, hierarchical=True))
     predicted = predict(asked, way)
     title = _title(record)
@@ -163,6 +165,8 @@ def _halved(setting: Setting) -> Setting:
 
 REDUCTIONS: Mapping[str, Callable[[Setting], Reduction]] = {
     "ours": background,
+    "ours, every rank on the network": background,
+    "ours, hierarchical": background,
     "ours, float16": lambda setting: foreground(_halved(setting)),
     **dict.fromkeys(("Horovod", "MPI_Allreduce", "Gloo"), per_step),
 }
@@ -193,11 +197,13 @@ def _if_there(record: Record, figure: str, predicted: float) -> Iterator[Compare
 def _on(record: Record, setting: Setting, cores: float | None) -> Setting:
     """Return `setting` with the record's hosts and network; without a rate all ranks are on one host."""
     rate, count = record["rate_mbit"], record["hosts"]
-    hosts, per_host = (count, 1) if rate else (1, count)
+    several = _name(record) in OF_SEVERAL_RANKS
+    hosts, per_host = (count, record["ranks_per_host"] if several else 1) if rate else (1, count)
     cluster = replace(
         setting.cluster,
         hosts=hosts,
         ranks_per_host=per_host,
+        hierarchical=_name(record) == "ours, hierarchical",
         latency_us=setting.cluster.latency_us + 1000 * LINKS * (record.get("latency_ms") or 0.0),
         cores_per_host=cores / hosts if cores else setting.cluster.cores_per_host,
     )
@@ -216,7 +222,12 @@ def _run(record: Record) -> tuple[Any, ...]:
 
 
 def _title(record: Record) -> str:
-    what = record.get("workload") or f"{record.get('mb', '?')} MB"
-    hosts, rate, latency = record.get("hosts", "?"), record.get("rate_mbit"), record.get("latency_ms")
-    where = f"{hosts} hosts, {rate} Mbit/s" if rate else f"{hosts} ranks, one host"
-    return f"{what}, {where}{f', {latency} ms' if latency else ''}, {_name(record)}"
+    hosts, mb, rate, latency = (_plain(record.get(key)) for key in ("hosts", "mb", "rate_mbit", "latency_ms"))
+    what = record.get("workload") or f"{mb} MB"
+    where = f"{hosts} hosts, {rate} Mbit/s" if record.get("rate_mbit") else f"{hosts} ranks, one host"
+    return f"{what}, {where}{f', {latency} ms' if record.get('latency_ms') else ''}, {_name(record)}"
+
+
+def _plain(value: Any) -> str:
+    """Return 16.0 as "16", and "?" for what is missing."""
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value or "?")

@@ -46,15 +46,16 @@ def test_a_row_for_each_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert [cells[2] for cells in table.values()][:3] == ["0.0", "1.0", "7.0"]
     assert float(table["per-step allreduce"][4]) < float(table["fixed rate, k=7"][4]) < float(table["shadow"][4])
     assert "allreduces: ring" in out
-    assert "with halving, flat:" in out, "what is not assumed"
+    assert "with halving: per-step" in out, "what is not assumed"
     assert "is that of the CPU budget" in out
     assert "with --chunk-mb" in out, "64 ranks' messages take longer than 4 MiB"
 
 
 def test_hierarchical_rows_where_hosts_have_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     main([*ASKED, "--ranks-per-host", "8"])
-    table = rows(capsys.readouterr().out)
+    table = rows(out := capsys.readouterr().out)
     assert len(table) == 7
+    assert "with halving (hierarchical): per-step" in out
     flat, shared = (float(table[f"fixed rate, k=5, {kind}"][0]) for kind in ("flat", "hierarchical"))
     assert shared < flat
 

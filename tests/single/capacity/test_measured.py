@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from settings import FREE, PLAIN
+from settings import FREE, PLAIN, on
 
 from hvd_shadowsync.capacity.measured import Compared, NotPredicted, compare, load
 from hvd_shadowsync.capacity.ways import predict
@@ -100,14 +100,25 @@ def test_a_slow_ranks_own_examples_do_not_count() -> None:
 
 
 def test_allreduces_by_themselves() -> None:
-    record = {"mb": 100, "hosts": 4, "rate_mbit": 8000, "ms": {"median": 160.0}, "cpu_s_per_gb": 1.0}
+    record = {"mb": 100.0, "hosts": 4, "rate_mbit": 8000.0, "ms": {"median": 160.0}, "cpu_s_per_gb": 1.0}
     asked = replace(ASKED, costs=replace(FREE, cpu_s_per_gb=0.5, round_cpu_s_per_gb=9.0))
     results = compare([{**record, "contender": "ours"}], asked)
     found = {each.figure: each.predicted for each in results if isinstance(each, Compared)}
+    assert {each.run for each in results} == {"100 MB, 4 hosts, 8000 Mbit/s, ours"}
     assert found == pytest.approx({"ms": 150.0, "CPU s/GB": 0.75}), "there is neither snapshot nor update"
     for contender, figures in (("ours, float16", {"ms": 75.0, "CPU s/GB": 0.375}), ("Horovod", {"ms": 150.0})):
         results = compare([{**record, "contender": contender}], asked)
         assert figures == pytest.approx({each.figure: each.predicted for each in results if isinstance(each, Compared)})
+
+
+def test_allreduces_of_several_ranks_a_host() -> None:
+    for contender, ms in (("ours, every rank on the network", 175.0), ("ours, hierarchical", 100.0)):
+        record = {"mb": 100.0, "hosts": 2, "rate_mbit": 8000.0, "ms": {"median": 160.0}, "cpu_s_per_gb": 1.0}
+        record["contender"] = contender
+        assert "lacks 'ranks_per_host'" in why_not(record)
+        found, _ = compare([{**record, "ranks_per_host": 4}], on(ASKED, memory_gbs=1e6))
+        assert isinstance(found, Compared)
+        assert found.predicted == pytest.approx(ms, rel=1e-3)
 
 
 @pytest.mark.parametrize(
