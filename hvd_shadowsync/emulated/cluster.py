@@ -98,7 +98,7 @@ def up(network: Network) -> Cluster:
     if (found := find()) is not None:
         raise LaunchError(f"hosts are up already ({found.network.hosts}); take them away with `down` first")
     ready, told = os.pipe()
-    holder = forked(lambda: _hold(network, told))
+    holder = forked(lambda: _hold(network, told), keep=[told])
     os.close(told)
     try:
         with os.fdopen(ready, encoding="utf-8") as said:
