@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from intervals import Interval, mean_interval
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from quality_plan import AT_THE_END, GOAL, HOROVOD, METHODS, ONE, SWEPT, Choice, Result
+from quality_plan import AT_THE_END, GAPS, GOAL, HOROVOD, METHODS, ONE, SWEPT, Choice, Result
 from quality_report import Groups, Seeds, gaps, grouped, values
 
 COLOURS = {
@@ -25,6 +25,7 @@ PANELS = {
     "background, interpolation": [name for name in METHODS if name.endswith("interpolate")],
     "foreground": [name for name in METHODS if name.startswith("FR-")],
 }
+LEVEL_LABEL = 2500.0  # steps, right of all curves
 LABEL_SPACE = 0.045  # of the height of a panel
 
 
@@ -48,48 +49,55 @@ def draw(choice: Choice, found: Sequence[Result], folder: Path) -> list[Path]:
 def over_trainers(groups: Groups) -> plt.Figure:
     """A panel for each way of merging, with the peers in all of them."""
     panels = {name: methods for name, methods in PANELS.items() if any(key[0] in methods for key in groups)}
-    figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(5.2 * max(len(panels), 1), 4.6), sharey=True,
-                                layout="constrained", squeeze=False)  # fmt: skip
-    most = max(key[1] for key in groups)
-    for panel, (title, methods) in zip(axes[0], panels.items(), strict=False):
-        labels = []
-        for index, method in enumerate([ONE, HOROVOD, AT_THE_END, *methods]):
-            points = [(key[1], auc(groups[key])) for key in sorted(groups, key=str) if key[0] == method and not key[2]]
-            if points:
-                shifted = [(trainers * 1.012 ** (index - 2), interval) for trainers, interval in points]
-                labels.append(curve(panel, shifted, method))
-        panel.set(title=title, xlabel="trainers", xscale="log", xticks=[1, 2, 4, 8], xlim=(0.9, most * 2.1))
+    figure, axes = row_of_panels(max(len(panels), 1))
+    labels = []
+    for panel, (title, methods) in zip(axes, panels.items(), strict=False):
+        panel.set(title=title, xlabel="trainers", xscale="log", xlim=(0.9, 2.6 * max(key[1] for key in groups)))
         panel.set_xticks([1, 2, 4, 8], labels=["1", "2", "4", "8"])
         panel.minorticks_off()
-        write(panel, labels)
-    axes[0][0].set_ylabel("AUC on the test months (mean, 95 % interval)")
+        labels.append([
+            curve(panel, [(beside(key[1], index), auc(groups[key])) for key in keys], method)
+            for index, method in enumerate([ONE, HOROVOD, AT_THE_END, *methods])
+            if (keys := [(method, trainers, None) for trainers in (1, 2, 4, 8) if (method, trainers, None) in groups])
+        ])  # fmt: skip
+    for panel, each in zip(axes, labels, strict=False):
+        write(panel, each)
     return figure
 
 
 def over_gap(groups: Groups) -> plt.Figure:
     """A panel for each number of trainers; hollow: no round before the end of the pass, whose steps are the gap."""
     counts = sorted({key[1] for key in groups if key[2] is not None})
-    figure, axes = plt.subplots(1, len(counts), figsize=(5.2 * len(counts), 4.6), sharey=True, layout="constrained",
-                                squeeze=False)  # fmt: skip
-    for panel, trainers in zip(axes[0], counts, strict=True):
-        labels = []
-        for method in SWEPT:
-            keys = sorted(
-                (key for key in groups if key[:2] == (method, trainers) and key[2]), key=lambda key: key[2] or 0
-            )
-            if keys:
-                points = [(seen(groups[key]), auc(groups[key])) for key in keys]
-                hollow = [not gaps(groups[key]) for key in keys]
-                labels.append(curve(panel, points, method, hollow))
+    figure, axes = row_of_panels(len(counts))
+    labels = []
+    for panel, trainers in zip(axes, counts, strict=True):
         panel.set(
-            title=f"{trainers} trainers", xlabel="sync gap seen (steps per round)", xscale="log", xlim=(0.9, 3000)
+            title=f"{trainers} trainers", xlabel="sync gap seen (steps per round)", xscale="log", xlim=(0.9, 15000)
         )
-        for method, size in ((ONE, 1), (HOROVOD, trainers)):
-            if (method, size, None) in groups:
-                labels.append(level(panel, auc(groups[method, size, None]), method))
-        write(panel, labels)
-    axes[0][0].set_ylabel("AUC on the test months (mean, 95 % interval)")
+        references = [key for key in ((ONE, 1, None), (HOROVOD, trainers, None)) if key in groups]
+        labels.append([
+            *(level(panel, auc(groups[key]), key[0]) for key in references),
+            *(curve(panel, [(seen(groups[key]), auc(groups[key])) for key in keys], method,
+                    [not gaps(groups[key]) for key in keys])
+              for method in SWEPT
+              if (keys := [(method, trainers, every) for every in GAPS if (method, trainers, every) in groups])),
+        ])  # fmt: skip
+    for panel, each in zip(axes, labels, strict=True):
+        write(panel, each)
     return figure
+
+
+def row_of_panels(count: int) -> tuple[plt.Figure, Sequence[Axes]]:
+    figure, axes = plt.subplots(
+        1, count, figsize=(5.2 * count, 4.6), sharey=True, layout="constrained", squeeze=False
+    )  # fmt: skip
+    axes[0][0].set_ylabel("AUC on the test months (mean, 95 % interval)")
+    return figure, axes[0]
+
+
+def beside(trainers: int, index: int) -> float:
+    """Return where the curve `index` has its points, so that intervals are beside one another."""
+    return trainers if trainers == 1 else trainers * 1.03 ** (index - 3)
 
 
 def auc(seeds: Seeds) -> Interval:
@@ -126,14 +134,18 @@ def level(panel: Axes, interval: Interval, method: str) -> tuple[float, float, s
     panel.axhline(interval.mean, color=colour(method), linewidth=1.1, linestyle=":")
     if not math.isnan(interval.half_width):
         panel.axhspan(interval.low, interval.high, color=colour(method), alpha=0.1, linewidth=0)
-    return 700.0, interval.mean, method
+    return LEVEL_LABEL, interval.mean, method
 
 
 def write(panel: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Write labels to the right of where curves end, moved apart where they would overlap."""
+    """Write labels to the right of where curves end, below one another where they would overlap."""
     panel.grid(alpha=0.25)
     low, high = panel.get_ylim()
-    space, last = LABEL_SPACE * (high - low), -math.inf
+    space, right = LABEL_SPACE * (high - low), max((x for x, _, _ in labels), default=1.0)
+    last: dict[float, float] = {}  # the highest label so far in each column
     for x, y, method in sorted(labels, key=lambda label: label[1]):
-        last = max(y, last + space)
-        panel.annotate(method, (x, y), (x * 1.09, last), color=colour(method), fontsize=8, va="center")
+        column = right if x > 0.8 * right else x
+        last[column] = max(y, last.get(column, -math.inf) + space)
+        name, upright = method.removesuffix(" interpolate"), "bottom" if x > LEVEL_LABEL - 1 else "center"
+        panel.annotate(name, (x, y), (column * 1.07, last[column]), color=colour(method), fontsize=8, va=upright)
+    panel.set_ylim(low, max([high, *(at + space for at in last.values())]))

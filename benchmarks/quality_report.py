@@ -68,7 +68,8 @@ def report(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) ->
             f"AUC minus Horovod's, not below -{ALLOWANCE}: by the mean over seeds, and by the whole interval.\n",
             table(GOAL_COLUMNS, goal(groups)),
             "### All algorithms\n",
-            "Sync gap: steps from round to round, the mean over seeds with least and most.\n",
+            "Sync gap: steps from round to round, the mean over seeds with least and most. BMUF with its defaults (block "
+            "learning rate 1, no block momentum) is MA by definition: S-BMUF and S-MA differ by when their rounds fall.\n",
             table(ALL_COLUMNS, everything(groups)),
             "### The sync gap\n",
             table(SWEEP_COLUMNS, sweep(groups)),
