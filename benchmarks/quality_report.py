@@ -31,6 +31,10 @@ ALL_COLUMNS = [
 SWEEP_COLUMNS = [
     "trainers", "algorithm", "sync_every", "sync gap, steps", "seeds", "AUC", "normalised entropy", "- Horovod",
 ]  # fmt: skip
+NOTE = (
+    "Sync gap: steps from round to round, the mean over seeds with least and most. BMUF with its defaults (block "
+    "learning rate 1, no block momentum) is MA by definition: S-BMUF and S-MA differ by when their rounds fall.\n"
+)
 Seeds = Mapping[int, Result]
 Groups = dict[tuple[str, int, int | None], dict[int, Result]]
 """Results with the chosen learning rates by method, trainers and what the sweep asked for, then by seed."""
@@ -68,8 +72,7 @@ def report(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) ->
             f"AUC minus Horovod's, not below -{ALLOWANCE}: by the mean over seeds, and by the whole interval.\n",
             table(GOAL_COLUMNS, goal(groups)),
             "### All algorithms\n",
-            "Sync gap: steps from round to round, the mean over seeds with least and most. BMUF with its defaults (block "
-            "learning rate 1, no block momentum) is MA by definition: S-BMUF and S-MA differ by when their rounds fall.\n",
+            NOTE,
             table(ALL_COLUMNS, everything(groups)),
             "### The sync gap\n",
             table(SWEEP_COLUMNS, sweep(groups)),
