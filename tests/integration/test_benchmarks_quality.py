@@ -27,7 +27,7 @@ def quality(folder: Path, *options: str) -> Outcome:
     """Two seeds of 10,240 rows: 40 steps of one process, 20 of two trainers."""
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--quick", "--examples", "10240"]
     command += ["--algorithms", *ALGORITHMS, "--results", str(folder / "raw" / "quality.json")]
-    return launch([*command, "--plots", str(folder / "plots"), *options], folder, timeout_s=150.0, environ=ONE_HOST)
+    return launch([*command, "--plots", str(folder / "plots"), *options], folder, timeout_s=240.0, environ=ONE_HOST)
 
 
 def ctr(folder: Path, ranks: int, *options: object) -> float:
@@ -39,7 +39,7 @@ def ctr(folder: Path, ranks: int, *options: object) -> float:
     return auc
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_benchmark_of_quality(tmp_path: Path) -> None:
     first = quality(tmp_path, "--max-runs", "2").require_success()
     file = tmp_path / "raw" / "quality.json"
