@@ -20,6 +20,7 @@ EXAMPLES = [
     "pandas>=2",
     "pyarrow>=14",
     "scikit-learn>=1.3",
+    "scipy>=1.9",
     "matplotlib>=3.7",
     "tqdm>=4.60",
     "tabulate>=0.9",

@@ -1,0 +1,184 @@
+"""Markdown tables of the benchmark of quality: chosen learning rates, the goal, all algorithms, the sweep."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from intervals import Interval, mean_interval, paired_interval, verdict
+from quality_plan import (
+    AT_THE_END,
+    GOAL,
+    HOROVOD,
+    METHODS,
+    ONE,
+    SWEPT,
+    Choice,
+    Result,
+    Run,
+    best_rates,
+    tuned_by,
+    validated,
+)
+
+ALLOWANCE = 0.001  # of AUC below Horovod's
+GOAL_COLUMNS = ["trainers", "algorithm", "seeds", "AUC", "- one process", "- Horovod", "by mean", "by interval"]
+ALL_COLUMNS = [
+    "trainers", "algorithm", "learning rate", "seeds", "AUC", "normalised entropy", "sync gap, steps", "- Horovod",
+]  # fmt: skip
+SWEEP_COLUMNS = [
+    "trainers", "algorithm", "sync_every", "sync gap, steps", "seeds", "AUC", "normalised entropy", "- Horovod",
+]  # fmt: skip
+NOTE = (
+    "Sync gap: steps from round to round, the mean over seeds with least and most. BMUF with its defaults (block "
+    "learning rate 1, no block momentum) is MA by definition: S-BMUF and S-MA differ by when their rounds fall.\n"
+)
+Seeds = Mapping[int, Result]
+Groups = dict[tuple[str, int, int | None], dict[int, Result]]
+"""Results with the chosen learning rates by method, trainers and what the sweep asked for, then by seed."""
+
+
+def grouped(choice: Choice, found: Sequence[Result]) -> Groups:
+    rates = best_rates(choice, found)
+    groups: Groups = {}
+    for result in found:
+        run = Run(**result["run"])
+        chosen = rates.get((tuned_by(run.method), run.trainers))
+        if not run.validate and run.learning_rate == chosen and run.seed <= choice.seeds:
+            groups.setdefault((run.method, run.trainers, run.sync_every), {})[run.seed] = result
+    return groups
+
+
+def values(seeds: Seeds, figure: str = "auc") -> dict[int, float]:
+    """Return a figure by seed; nan where the training diverged."""
+    return {seed: math.nan if each[figure] is None else each[figure] for seed, each in seeds.items()}
+
+
+def gaps(seeds: Seeds) -> list[float]:
+    """Return the steps from round to round of each run that had rounds before its end."""
+    return [each["sync_gap_steps"] for each in seeds.values() if each["sync_gap_steps"] is not None]
+
+
+def report(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) -> str:
+    """Return all tables."""
+    groups = grouped(choice, found)
+    return "\n".join(
+        [
+            introduction(found, about),
+            rates_table(choice, found),
+            "### The goal\n",
+            f"AUC minus Horovod's, not below -{ALLOWANCE}: by the mean over seeds, and by the whole interval.\n",
+            table(GOAL_COLUMNS, goal(groups)),
+            "### All algorithms\n",
+            NOTE,
+            table(ALL_COLUMNS, everything(groups)),
+            "### The sync gap\n",
+            table(SWEEP_COLUMNS, sweep(groups)),
+        ]
+    )
+
+
+def introduction(found: Sequence[Result], about: Mapping[str, Any]) -> str:
+    tests = [each for each in found if not each["run"]["validate"]]
+    passes = ", ".join(f"{steps} with {n}" for n, steps in sorted({(e["run"]["trainers"], e["steps"]) for e in tests}))
+    return (
+        f"{about['machine']}. Batch {about['settings']['batch_size']} a trainer, Adagrad, one pass over "
+        f"{max((each['examples'] for each in tests), default=0)} examples in all runs; steps of a trainer: {passes}. "
+        "Intervals are of 95 %, by Student's t over seeds; those of differences are paired by seed, which is the seed "
+        "of the initial weights (the order of the data is the same).\n"
+    )
+
+
+def rates_table(choice: Choice, found: Sequence[Result]) -> str:
+    """Return the AUC on the validation split by learning rate, the chosen one in bold."""
+    rates = choice.learning_rates
+    if len(rates) == 1:
+        return f"Learning rate {rates[0]:g} everywhere; none was chosen.\n"
+    best, rows, at_edge = best_rates(choice, found), [], []
+    for (method, trainers), by_rate in sorted(validated(found).items(), key=lambda item: _order(*item[0])):
+        name, chosen = f"ours ({method})" if method == GOAL[0] else method, best.get((method, trainers))
+        means = [f"{statistics.fmean(by_rate[rate]):.4f}" if rate in by_rate else "" for rate in rates]
+        bold = [f"**{mean}**" if rate == chosen else mean for rate, mean in zip(rates, means, strict=True)]
+        rows.append([str(trainers), name, *bold])
+        at_edge += [f"{name} with {trainers}"] if chosen in (min(rates), max(rates)) else []
+    head = "### Learning rates\n\nMean AUC on October after nine months of training; the bold one is taken.\n\n"
+    edges = f"\nAt the edge of the grid: {', '.join(at_edge)}.\n" if at_edge else ""
+    return head + table(["trainers", "tuned", *(f"{rate:g}" for rate in rates)], rows) + edges
+
+
+def goal(groups: Groups) -> Iterable[list[str]]:
+    """Return a row for each algorithm of the goal, Horovod first: differences and what they say."""
+    one = values(groups.get((ONE, 1, None), {}))
+    for method, trainers, seeds in _ordered(groups, [HOROVOD, *GOAL]):
+        horovod = values(groups.get((HOROVOD, trainers, None), {}))
+        to_one, to_horovod = paired_interval(values(seeds), one), paired_interval(values(seeds), horovod)
+        row = [str(trainers), method, str(len(seeds)), spread(values(seeds)), difference(to_one)]
+        if method == HOROVOD:
+            yield [*row, "", "", ""]
+        else:
+            by_mean = "met" if to_horovod.mean >= -ALLOWANCE else "not met"
+            yield [*row, difference(to_horovod), by_mean, f"**{verdict(to_horovod, ALLOWANCE)}**"]
+
+
+def everything(groups: Groups) -> Iterable[list[str]]:
+    for method, trainers, seeds in _ordered(groups, list(METHODS)):
+        rate = next(iter(seeds.values()))["run"]["learning_rate"]
+        yield [
+            str(trainers), method, f"{rate:g}", str(len(seeds)), spread(values(seeds)),
+            spread(values(seeds, "normalised_entropy")), "" if method in (ONE, AT_THE_END) else gap(seeds),
+            "" if method == HOROVOD else to_horovod(groups, trainers, seeds),
+        ]  # fmt: skip
+
+
+def sweep(groups: Groups) -> Iterable[list[str]]:
+    for method, trainers, every in sorted((key for key in groups if key[2] is not None), key=_swept_order):
+        seeds = groups[method, trainers, every]
+        yield [
+            str(trainers), method, str(every), gap(seeds), str(len(seeds)), spread(values(seeds)),
+            spread(values(seeds, "normalised_entropy")), to_horovod(groups, trainers, seeds),
+        ]  # fmt: skip
+
+
+def to_horovod(groups: Groups, trainers: int, seeds: Seeds) -> str:
+    return difference(paired_interval(values(seeds), values(groups.get((HOROVOD, trainers, None), {}))))
+
+
+def spread(by_seed: Mapping[int, float]) -> str:
+    mean, half_width = mean_interval(list(by_seed.values()))
+    return (
+        "diverged" if math.isnan(mean) else f"{mean:.4f}" + ("" if math.isnan(half_width) else f" ± {half_width:.4f}")
+    )
+
+
+def difference(interval: Interval) -> str:
+    if math.isnan(interval.mean):
+        return ""
+    ends = "" if math.isnan(interval.half_width) else f" ({interval.low:+.4f} to {interval.high:+.4f})"
+    return f"{interval.mean:+.4f}{ends}"
+
+
+def gap(seeds: Seeds) -> str:
+    found = gaps(seeds)
+    if not found:
+        return "at the end only"
+    return f"{statistics.fmean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _ordered(groups: Groups, methods: Sequence[str]) -> list[tuple[str, int, Seeds]]:
+    keys = [key for key in groups if key[2] is None and key[0] in methods]
+    return [(*key[:2], groups[key]) for key in sorted(keys, key=lambda key: _order(*key[:2]))]
+
+
+def _order(method: str, trainers: int) -> tuple[int, int]:
+    return trainers, list(METHODS).index(method)
+
+
+def _swept_order(key: tuple[str, int, int | None]) -> tuple[int, int, int]:
+    return key[1], SWEPT.index(key[0]), key[2] or 0
