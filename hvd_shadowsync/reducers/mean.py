@@ -15,6 +15,28 @@ from hvd_shadowsync.comm.transfer import Transfer
 from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is
 
 
+class Spare:
+    """Buffers to be used again: a new one of a MiB costs as much in page faults as several passes over it."""
+
+    def __init__(self) -> None:
+        self._free: dict[torch.dtype, list[Tensor]] = {}
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return a flat tensor whose values do not matter."""
+        kept = self._free.setdefault(dtype, [])
+        while kept:
+            whole = kept.pop()
+            if whole.numel() >= numel:  # else of a shorter vector
+                return whole[:numel]
+        return torch.empty(numel, dtype=dtype)
+
+    def give(self, *tensors: Tensor) -> None:
+        """Take tensors back that `take` returned."""
+        for each in tensors:
+            whole = each._base if each._base is not None else each
+            self._free.setdefault(whole.dtype, []).append(whole)
+
+
 class ChunkedMean(Reducer):
     """What the two have in common: the vector goes on the wire in chunks, a few of them in flight.
 
@@ -33,11 +55,13 @@ class ChunkedMean(Reducer):
         start = Transfer.between(comm.size)
         self._comm, self._poller = comm, poller
         self._chunk_bytes, self._in_flight = chunk_bytes or start.chunk_bytes, in_flight or start.in_flight
+        self._spare = Spare()
 
     def use(self, transfer: Transfer) -> None:
         """See `Reducer.use`."""
         self._chunk_bytes, self._in_flight = transfer.chunk_bytes, transfer.in_flight
         self._poller = transfer.poller(self._poller)
+        self._spare = Spare()
 
     def _chunk(self, snapshot: Tensor) -> int:
         return max(1, min(self._chunk_bytes // snapshot.element_size(), snapshot.numel()))
@@ -51,17 +75,6 @@ class ChunkedMean(Reducer):
 class AllReduceMean(ChunkedMean):
     """The weighted mean of the snapshots by `Iallreduce`; arguments as for `ChunkedMean`."""
 
-    def __init__(
-        self, comm: Communicator, poller: Poller, *, chunk_bytes: int | None = None, in_flight: int | None = None
-    ) -> None:
-        super().__init__(comm, poller, chunk_bytes=chunk_bytes, in_flight=in_flight)
-        self._free: list[Tensor] = []
-
-    def use(self, transfer: Transfer) -> None:
-        """See `Reducer.use`."""
-        super().use(transfer)
-        self._free = []
-
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
         own, total = weights[self._comm.rank], sum(weights)
@@ -70,15 +83,12 @@ class AllReduceMean(ChunkedMean):
             if len(flying) == self._in_flight:
                 yield from self._land(flying, total)
             fill(part)
-            flying.append((part, *self._post(snapshot[part], own, self._chunk(snapshot))))
+            flying.append((part, *self._post(snapshot[part], own)))
         while flying:
             yield from self._land(flying, total)
 
-    def _post(self, values: Tensor, weight: float, chunk: int) -> tuple[Tensor, Request]:
-        buffer = self._free.pop() if self._free else values.new_empty(chunk)
-        if buffer.numel() < chunk:  # of a shorter vector
-            buffer = values.new_empty(chunk)
-        into = buffer[: values.numel()]
+    def _post(self, values: Tensor, weight: float) -> tuple[Tensor, Request]:
+        into = self._spare.take(values.numel(), values.dtype)
         self.bytes_sent += 2 * (self._comm.size - 1) * values.nbytes // self._comm.size
         if weight == 1:
             return into, self._comm.iallreduce(values, into)
@@ -93,7 +103,7 @@ class AllReduceMean(ChunkedMean):
         self._poller.wait([request])
         exact = math.frexp(total)[0] == 0.5  # a power of two: its reciprocal gives the same, faster
         yield part, values.mul_(1 / total) if exact else values.div_(total)
-        self._free.append(_whole(values))
+        self._spare.give(values)
 
 
 class OwnerMean(ChunkedMean):
@@ -129,66 +139,83 @@ class OwnerMean(ChunkedMean):
 
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
-        out: deque[tuple[slice, Tensor, Request]] = deque()
-        back: deque[tuple[slice, Tensor, Request]] = deque()
+        out: deque[tuple[slice, Tensor, Tensor, Request]] = deque()
+        back: deque[tuple[slice, Tensor, Tensor, Request]] = deque()
         for part in self._chunks(snapshot):
             if len(out) + len(back) >= self._in_flight and back:
-                yield self._land(back, snapshot.dtype)
+                yield from self._land(back, snapshot.dtype)
             if len(out) >= max(1, self._in_flight // 2):
                 back.append(self._sum(out, weights, snapshot.dtype))
             fill(part)
-            rows = self._rows(part, snapshot)
-            incoming = torch.empty_like(rows)
-            self.bytes_sent += 2 * (self._comm.size - 1) * rows[0].nbytes
-            out.append((part, incoming, self._comm.ialltoall(rows, incoming)))
+            out.append(self._post(part, snapshot))
         while out or back:
             if out:
                 back.append(self._sum(out, weights, snapshot.dtype))
             if len(back) >= self._in_flight or not out:
-                yield self._land(back, snapshot.dtype)
+                yield from self._land(back, snapshot.dtype)
 
-    def _sum(
-        self, out: deque[tuple[slice, Tensor, Request]], weights: Sequence[float], dtype: torch.dtype
-    ) -> tuple[slice, Tensor, Request]:
-        part, incoming, request = out.popleft()
-        self._poller.wait([request])
-        mean = _weighted_mean(incoming, weights, dtype).to(incoming.dtype)
-        gathered = torch.empty_like(incoming)
-        return part, gathered, self._comm.iallgather(mean, gathered)
-
-    def _land(self, back: deque[tuple[slice, Tensor, Request]], dtype: torch.dtype) -> tuple[slice, Tensor]:
-        part, gathered, request = back.popleft()
-        self._poller.wait([request])
-        values = gathered.view(-1)[: part.stop - part.start]
-        return part, values if self._reference is None else self._reference[part].add_(values.to(dtype))
+    def _post(self, part: slice, snapshot: Tensor) -> tuple[slice, Tensor, Tensor, Request]:
+        rows = self._rows(part, snapshot)
+        incoming = self._spare.take(rows.numel(), rows.dtype)
+        self.bytes_sent += 2 * (self._comm.size - 1) * rows.nbytes // self._comm.size
+        return part, rows, incoming, self._comm.ialltoall(rows, incoming)
 
     def _rows(self, part: slice, snapshot: Tensor) -> Tensor:
-        """Return what travels of `part` as one row a rank, the last ones padded with zeros."""
-        values, size = snapshot[part], self._comm.size
-        if self._wire_dtype is not None:
-            largest = torch.finfo(self._wire_dtype).max
-            values = (values - self._known(snapshot)[part]).clamp_(-largest, largest).to(self._wire_dtype)
-        length = -(-values.numel() // size)
-        if length * size == values.numel():
-            return values.view(size, length)
-        rows = values.new_zeros(size, length)
-        rows.view(-1)[: values.numel()].copy_(values)
+        """Return what travels of `part`: equal rows for the ranks, one after the other, the last padded with zeros."""
+        numel, size = part.stop - part.start, self._comm.size
+        length = -(-numel // size)
+        rows = self._spare.take(length * size, self._wire_dtype or snapshot.dtype)
+        rows[numel:].zero_()
+        if self._wire_dtype is None:
+            rows[:numel].copy_(snapshot[part])
+            return rows
+        largest = torch.finfo(self._wire_dtype).max
+        distance = self._spare.take(numel, snapshot.dtype)
+        torch.sub(snapshot[part], self._known(snapshot)[part], out=distance).clamp_(-largest, largest)
+        rows[:numel].copy_(distance)
+        self._spare.give(distance)
         return rows
+
+    def _sum(
+        self, out: deque[tuple[slice, Tensor, Tensor, Request]], weights: Sequence[float], dtype: torch.dtype
+    ) -> tuple[slice, Tensor, Tensor, Request]:
+        part, rows, incoming, request = out.popleft()
+        self._poller.wait([request])
+        self._spare.give(rows)
+        length = incoming.numel() // self._comm.size
+        mean = self._spare.take(length, dtype)
+        self._average(incoming.view(self._comm.size, length), weights, mean)
+        if incoming.dtype != dtype:
+            wide, mean = mean, self._spare.take(length, incoming.dtype).copy_(mean)
+            self._spare.give(wide)
+        return part, mean, incoming, self._comm.iallgather(mean, incoming)
+
+    def _average(self, rows: Tensor, weights: Sequence[float], out: Tensor) -> None:
+        """Write the weighted mean of `rows` to `out`, in rank order and in its precision."""
+        wide = self._spare.take(out.numel(), out.dtype)
+        (first, weight), *others = [pair for pair in zip(rows, weights, strict=True) if pair[1]]
+        out.copy_(first)
+        if weight != 1:
+            out.mul_(weight)
+        for row, weight in others:
+            out.add_(row if row.dtype == out.dtype else wide.copy_(row), alpha=weight)
+        out.div_(sum(weights))
+        self._spare.give(wide)
+
+    def _land(self, back: deque[tuple[slice, Tensor, Tensor, Request]], dtype: torch.dtype) -> Slices:
+        part, mean, gathered, request = back.popleft()
+        self._poller.wait([request])
+        self._spare.give(mean)
+        values = gathered[: part.stop - part.start]
+        if self._reference is None:
+            yield part, values
+        else:
+            wide = self._spare.take(values.numel(), dtype)
+            yield part, self._reference[part].add_(wide.copy_(values))
+            self._spare.give(wide)
+        self._spare.give(gathered)
 
     def _known(self, snapshot: Tensor) -> Tensor:
         if self._reference is None:
             self._reference = torch.zeros_like(snapshot)
         return self._reference
-
-
-def _weighted_mean(rows: Tensor, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    total = torch.zeros(rows.shape[1], dtype=dtype)
-    for row, weight in zip(rows, weights, strict=True):
-        if weight:
-            total.add_(row.to(dtype), alpha=weight)
-    return total.div_(sum(weights))
-
-
-def _whole(values: Tensor) -> Tensor:
-    """Return the buffer that `values` is the beginning of."""
-    return values._base if values._base is not None else values
