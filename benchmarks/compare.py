@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--hosts", nargs="+", type=positive(int), default=[], help="default, with another choice: 2")
     add("--contenders", nargs="+", default=[], metavar="NAME", help="or patterns such as 'FR-*'; default all")
     add("--repeats", type=positive(int), default=3)
-    add("--seconds", type=positive(float), default=5.0, help="of training that each run measures")
+    add("--seconds", type=positive(float), default=4.0, help="of training that each run measures")
     add("--warmup", type=positive(float), default=1.5, help="seconds of training before that")
     add("--timeout", type=positive(float), default=180.0, help="seconds of a run, from its start")
     add("--list", action="store_true", help="say what would run, and how long it takes")
@@ -113,7 +113,7 @@ def estimate_s(case: Case, contender: Contender, options: argparse.Namespace) ->
     """Return about how long a run takes: its start, its warm-up, and a period of steps if that is longer."""
     crowd = max(1.0, case.hosts / len(os.sched_getaffinity(0)))
     period_s = contender.every * case.workload.step_s * crowd * (2 if case.workload.slow else 1)
-    return START_S * crowd + max(options.warmup, period_s) + max(options.seconds, period_s)
+    return START_S * crowd + max(options.warmup, period_s) + max(options.seconds, contender.least_s, period_s)
 
 
 def why_not(case: Case, contender: Contender, options: argparse.Namespace) -> str:

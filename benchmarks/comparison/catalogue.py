@@ -19,6 +19,8 @@ class Contender:
         module: the file in `contenders/`.
         variant: which of its ways.
         every: that k; 0: there is none.
+        every_s: instead of k: so many seconds of training, as steps of about the workload's length.
+        least_s: of training that have to be measured for it to synchronise.
         launcher: "mpi" is shadowrun; "plain" starts a process on each host with what torch.distributed reads.
         peers: whether it runs in the peers' environment (`launch/peers`), not in the project's.
         tables: on "dlrm-criteo": whether it has sharded tables ("yes"), or is for nothing else ("only"), or why it
@@ -29,6 +31,8 @@ class Contender:
     module: str
     variant: str = ""
     every: int = 0
+    every_s: float = 0.0
+    least_s: float = 0.0
     launcher: Literal["mpi", "plain"] = "plain"
     peers: bool = False
     tables: str = NO_TABLES
@@ -64,7 +68,7 @@ CATALOGUE = [
     Contender("post-local SGD k=30", "with_torch", "post-local", 30, tables=DDP_TABLES),
     Contender("torchft LocalSGD k=30", "with_torchft", "local-sgd", 30, peers=True),
     Contender("torchft DiLoCo k=30", "with_torchft", "diloco", 30, peers=True),
-    Contender("hivemind k=30", "with_hivemind", "local", 30, peers=True),
+    Contender("hivemind", "with_hivemind", "local", every_s=6.0, least_s=15.0, peers=True),
     Contender("torchrec", "with_torchrec", peers=True, tables="only"),
     *ours(),
 ]

@@ -58,9 +58,11 @@ def command(case: Case, contender: Contender, settings: Settings, folder: Path) 
     """Return what starts the run's ranks (pure)."""
     python = str(settings.peers) if contender.peers else sys.executable
     train = [python, "-W", "ignore", str(HERE / "contenders/train.py")]
-    train += [f"--module={contender.module}", f"--variant={contender.variant}", f"--every={contender.every}"]
+    every = contender.every or round(contender.every_s / case.workload.step_s)
+    train += [f"--module={contender.module}", f"--variant={contender.variant}", f"--every={every}"]
     train += [f"--workload={case.workload.base}", f"--batch={case.workload.batch}", f"--folder={folder}"]
-    train += [f"--flights={settings.flights}", f"--seconds={settings.seconds}", f"--warmup={settings.warmup_s}"]
+    train += [f"--flights={settings.flights}", f"--seconds={max(settings.seconds, contender.least_s)}"]
+    train += [f"--warmup={settings.warmup_s}"]
     train += [f"--slow={case.hosts - 1 if case.workload.slow else -1}", f"--timeout={settings.timeout_s}"]
     links = links_of(case.network)
     if contender.launcher == "mpi":
