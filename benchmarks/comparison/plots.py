@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,21 @@ from .cases import NETWORKS, Network
 from .records import CASE, Record, by_case
 from .table import ORDER
 
-COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart; families, whose members differ in line and mark
+COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart, and a grey; by the beginning of the name
     "none": "#000000", "horovod": "#E69F00", "ddp": "#D55E00", "post-local": "#CC79A7", "torchft": "#009E73",
-    "hivemind": "#7F7F7F", "torchrec": "#B2A200", "S-": "#0072B2", "FR-": "#56B4E9",
+    "hivemind": "#7F7F7F", "torchrec": "#56B4E9",
+    "S-MA": "#0072B2", "S-EASGD": "#009E73", "S-BMUF": "#CC79A7",
+    "FR-MA": "#0072B2", "FR-EASGD": "#009E73", "FR-BMUF": "#CC79A7",
 }  # fmt: skip
-LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-MARKS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", "--")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "d", "<", ">", "p", "h", "*")
+PANELS = {
+    "peers": ("none", "horovod", "ddp", "post-local", "torchft", "hivemind", "torchrec"),
+    "this project, in the background": ("S-",),
+    "this project, in the foreground": ("FR-",),
+}
+"""Curves side by side, a few in each, by the beginnings of names; the references are in all of them."""
+REFERENCES = ("none", "horovod")
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -72,10 +81,22 @@ def ordered(contenders: Mapping[str, Record]) -> list[Record]:
 
 def style_of(name: str) -> dict[str, Any]:
     """Return a contender's colour, line and mark, the same in every picture."""
-    family = next((each for each in COLOURS if name.startswith(each)), "none")
+    families = list(COLOURS)
+    family = next((each for each in families if name.startswith(each)), "none")
     members = [each for each in ORDER if each.startswith(family)]
-    index = members.index(name) if name in members else 0
-    return {"color": COLOURS[family], "linestyle": LINES[index % len(LINES)], "marker": MARKS[index % len(MARKS)]}
+    line = LINES[members.index(name) % len(LINES)] if name in members else LINES[0]
+    return {"color": COLOURS[family], "linestyle": line, "marker": MARKS[families.index(family)]}
+
+
+def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return which contenders go into which panel; panels that would show references alone are left out."""
+    names = list(names)
+    found = {}
+    for title, beginnings in PANELS.items():
+        members = [name for name in names if name in REFERENCES or name.startswith(beginnings)]
+        if any(name not in REFERENCES for name in members):
+            found[title] = members
+    return found or {"": names}
 
 
 def over_rate(workload: str, hosts: int, contenders: Mapping[str, Mapping[str, Record]]) -> Figure:
@@ -83,20 +104,21 @@ def over_rate(workload: str, hosts: int, contenders: Mapping[str, Mapping[str, R
     seen = {network for each in contenders.values() for network in each}
     slowest_first = [network.text for network in reversed(NETWORKS.values())]
     networks = [each for each in slowest_first if each in seen] + sorted(seen - set(slowest_first))
-    figure, axes = new(f"{workload}, {hosts} hosts")
-    for name, found in contenders.items():
+
+    def draw(axes: Axes, name: str) -> None:
+        found = contenders[name]
         places = [index for index, network in enumerate(networks) if network in found]
         rates = [found[networks[index]]["examples_per_s"] for index in places]
-        middle = [each["median"] for each in rates]
-        errors = [
-            [each["median"] - each["worst"] for each in rates], [each["best"] - each["median"] for each in rates]
-        ]  # fmt: skip
+        middle = np.array([each["median"] for each in rates])
+        errors = [middle - [each["worst"] for each in rates], [each["best"] for each in rates] - middle]
         axes.errorbar(places, middle, yerr=errors, label=name, markersize=5, elinewidth=0.8, **style_of(name))
-    axes.set_xticks(range(len(networks)), networks)
-    axes.set_xlabel("links between the hosts")
-    axes.set_ylabel("examples/s, all ranks")
-    axes.set_ylim(bottom=0)
-    return with_legend(figure, axes)
+        axes.set_xticks(range(len(networks)), [network.replace(", ", ",\n") for network in networks])
+
+    figure = in_panels(
+        f"{workload}, {hosts} hosts", contenders, draw, "links between the hosts", "examples/s, all ranks"
+    )
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
 
 
 def curve_of(record: Record) -> np.ndarray | None:
@@ -110,21 +132,23 @@ def curve_of(record: Record) -> np.ndarray | None:
 
 def loss_over(curves: Mapping[str, np.ndarray], column: int, axis: str, title: str) -> Figure:
     """Training loss of each contender's middle run."""
-    figure, axes = new(title)
-    for name, curve in curves.items():
-        axes.plot(curve[:, column], curve[:, 2], label=name, markevery=max(len(curve) // 6, 1), markersize=4,
-                  **style_of(name))  # fmt: skip
-    axes.set_xlabel(axis)
-    axes.set_ylabel("training loss (of the replicas, averaged)")
-    axes.set_yscale("log")
-    axes.set_xlim(left=0)
-    return with_legend(figure, axes)
+
+    def draw(axes: Axes, name: str) -> None:
+        curve, every = curves[name], max(len(curves[name]) // 6, 1)
+        axes.plot(curve[:, column], curve[:, 2], label=name, markevery=every, markersize=4, **style_of(name))
+
+    figure = in_panels(title, curves, draw, axis, "training loss, mean of the replicas")
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].set_xlim(left=0)
+    return figure
 
 
 def sync_gaps(measured: Sequence[Record]) -> Figure:
     """Steps between two synchronisations, a bar a contender, with its figure beside it."""
     known = [each for each in measured if each.get("sync_gap_steps")]
-    figure, axes = new(measured[0]["title"], height=1.2 + 0.28 * len(known))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(known)), layout="constrained")
+    axes.set_title(measured[0]["title"], loc="left", fontsize=11)
+    open_frame(axes)
     names = [each["contender"] for each in known]
     gaps = [each["sync_gap_steps"] for each in known]
     bars = axes.barh(names, gaps, color=[style_of(name)["color"] for name in names], height=0.6)
@@ -135,18 +159,30 @@ def sync_gaps(measured: Sequence[Record]) -> Figure:
     return figure
 
 
-def new(title: str, height: float = 4.6) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
-    axes.set_title(title, loc="left", fontsize=11)
+def in_panels(
+    title: str, names: Iterable[str], draw: Callable[[Axes, str], None], x_label: str, y_label: str
+) -> Figure:
+    """Draw each contender in its panel, all on the same axes, with a row of a legend below for each."""
+    panels = panels_of(names)
+    figure, (row,) = plt.subplots(
+        1, len(panels), figsize=(1 + 4.2 * len(panels), 5.4), layout="constrained", sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    for axes, (heading, members) in zip(row, panels.items(), strict=True):
+        for name in members:
+            draw(axes, name)
+        axes.set_title(heading, loc="left", fontsize=9)
+        axes.set_xlabel(x_label)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), fontsize=8, frameon=False)
+        open_frame(axes)
+    row[0].set_ylabel(y_label)
+    return figure
+
+
+def open_frame(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def with_legend(figure: Figure, axes: Axes) -> Figure:
-    """Add a legend beside the axes, a row a contender."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-    return figure
 
 
 def saved(figure: Figure, path: Path) -> Path:

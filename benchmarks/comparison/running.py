@@ -96,13 +96,14 @@ def run_once(case: Case, contender: Contender, settings: Settings) -> dict[str, 
     folder = Path(tempfile.mkdtemp(prefix="compare-"))
     try:
         (folder / "meeting").write_bytes(bytes(8 * (case.hosts + 1)))  # see contenders/meeting.py
-        begun = time.monotonic()
+        begun, load = time.monotonic(), os.getloadavg()[0]
         code = execute(command(case, contender, settings, folder), folder / "output", settings.timeout_s)
         files = [folder / f"rank{rank}.json" for rank in range(case.hosts)]
         if code != 0 or not all(file.exists() for file in files):
             return {"failed": why_failed(code, folder / "output", settings.timeout_s)}
         ranks = [json.loads(file.read_text()) for file in files]
-        return {**merged(ranks, case), "wall_s": round(time.monotonic() - begun, 1)}
+        # The load before the run, of this program's last one and of whatever else there is, to judge outliers by.
+        return {**merged(ranks, case), "wall_s": round(time.monotonic() - begun, 1), "load": round(load, 1)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

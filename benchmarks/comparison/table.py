@@ -69,8 +69,10 @@ def number(value: Any, form: str) -> str:
 
 
 def notes_of(record: Record) -> list[str]:
-    """Return why a contender was not run, and the last lines of runs that failed."""
+    """Return why a contender was not run, or did not synchronise, and the last lines of runs that failed."""
     notes = [f"- {record['contender']}: not run: {record['not_run']}"] if record.get("not_run") else []
+    if "examples_per_s" in record and not record["contender"].startswith(LIMIT) and not record.get("sync_gap_steps"):
+        notes.append(f"- {record['contender']}: no synchronisation fell into the time that was measured")
     for run in record["runs"]:
         if "failed" in run:
             first, *rest = run["failed"].splitlines()

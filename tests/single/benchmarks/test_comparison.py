@@ -199,6 +199,12 @@ def test_a_table_has_all_contenders_in_order_and_says_what_is_missing(made_up: l
     assert "- torchft DiLoCo k=30: not run: not installed; install it with launch/peers" in text
 
 
+def test_who_did_not_synchronise_is_named() -> None:
+    rows = {name: record(name, [1000.0]) for name in ("none", "none (peers)", "hivemind")}
+    notes = [line for line in table(rows).splitlines() if line.startswith("- ")]
+    assert notes == ["- hivemind: no synchronisation fell into the time that was measured"]
+
+
 def test_a_case_without_its_limit_has_no_ratios(made_up: list[dict[str, Any]]) -> None:
     assert cells(made_up[0], {"S-MA": made_up[0]})[4:8] == ["-"] * 4
 
@@ -225,12 +231,19 @@ def test_plots_are_drawn(tmp_path: Path, made_up: list[dict[str, Any]]) -> None:
 def test_a_legend_has_a_row_for_each_contender_and_axes_have_units(made_up: list[dict[str, Any]]) -> None:
     plots = pytest.importorskip("comparison.plots")
     figure = plots.over_rate("mlp-5mb", 2, plots.by_workload(made_up)["mlp-5mb", 2])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["none", "horovod", "S-MA"]
-    axes = figure.axes[0]
+    [axes] = figure.axes
+    assert axes.get_title(loc="left") == "this project, in the background"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["none", "horovod", "S-MA"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1 Gbit/s", "one host"]
     assert axes.get_ylabel() == "examples/s, all ranks"
 
 
-def test_no_two_contenders_look_alike() -> None:
+def test_every_contender_has_a_panel_and_none_looks_like_another() -> None:
     plots = pytest.importorskip("comparison.plots")
+    panels = plots.panels_of([each.name for each in CATALOGUE])
+    shown = [name for members in panels.values() for name in members]
+    assert sorted(set(shown)) == sorted(each.name for each in CATALOGUE)
+    assert all(members[0] == "none" and "horovod" in members for members in panels.values())
+    assert len(shown) == len(CATALOGUE) + 2 * (len(panels) - 1)
     assert len({str(plots.style_of(each.name)) for each in CATALOGUE}) == len(CATALOGUE)
+    assert plots.panels_of(["none"]) == {"": ["none"]}
