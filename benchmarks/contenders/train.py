@@ -91,6 +91,8 @@ class Loop:
             if elapsed - marked >= CURVE_S:
                 self.curve.append((self._seconds + elapsed, index + 1, math.fsum(losses) / len(losses)))
                 losses, marked = [], elapsed
+        if losses:  # the last interval, however short: every run has a curve
+            self.curve.append((self._seconds + elapsed, index + 1, math.fsum(losses) / len(losses)))
         self._seconds += elapsed
         return taken, elapsed
 
