@@ -9,7 +9,7 @@ others run without this package's settings of MPI: a blocking Allreduce, an Iall
 both as the MPI library comes, Gloo (`torch.distributed.all_reduce`) and Horovod (`hvd.allreduce`, over MPI). Each kind
 has jobs of its own, which take turns. CPU is that of the whole process, averaged over the ranks, by 10^9 bytes reduced.
 
-Writes benchmarks/raw/allreduce.json and prints the tables.
+Prints the tables, and keeps the figures in benchmarks/raw/allreduce.json.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="jobs of each kind, in turns")
     parser.add_argument("--repeats", type=int, default=5, help="reductions in each job, after one that is not counted")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument(
+        "--json", type=Path, default=RAW, help="where the figures are kept, beside those of other cases"
+    )
     parser.add_argument("--worker", choices=JOBS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -54,13 +57,19 @@ def main() -> None:
         return
     if arguments.ranks_per_host > 1:
         arguments.jobs = ["ours"]
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
     for hosts in arguments.hosts:
         runs = [run for _ in range(arguments.turns) for job in arguments.jobs for run in start(job, hosts, arguments)]
-        records += summary(runs, hosts, arguments)
-        print(table(records, hosts), flush=True)
-    RAW.parent.mkdir(exist_ok=True)
-    RAW.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        made = summary(runs, hosts, arguments)
+        print(table(made, hosts), flush=True)
+        records = [each for each in records if case(each) not in set(map(case, made))] + made
+        arguments.json.parent.mkdir(exist_ok=True)
+        arguments.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+def case(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a record is about: a newer one takes its place."""
+    return tuple(record[key] for key in ("contender", "mb", "hosts", "ranks_per_host", "rate_mbit"))
 
 
 def start(job: str, hosts: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
