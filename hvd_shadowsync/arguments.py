@@ -10,8 +10,8 @@ import torch
 from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
 from hvd_shadowsync.checks import choice
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.reduction import RoundOptions
 from hvd_shadowsync.replica import MERGES
-from hvd_shadowsync.rounds import RoundOptions
 
 WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
 

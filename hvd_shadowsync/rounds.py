@@ -15,26 +15,16 @@ import torch
 from torch import Tensor
 
 from hvd_shadowsync import ballot
-from hvd_shadowsync.algorithms import Algorithm, ElasticAveraging
+from hvd_shadowsync.algorithms import ElasticAveraging
 from hvd_shadowsync.algorithms.base import State, named, slices
 from hvd_shadowsync.ballot import Ballot, Intent, Verdict
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.comm.transfer import Search, Transfer
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
-from hvd_shadowsync.reducers import (
-    AllReduceMean,
-    ElasticCenter,
-    ElasticInTurn,
-    HierarchicalMean,
-    HostMean,
-    HostMemory,
-    Hosts,
-    OwnerMean,
-    Reducer,
-)
+from hvd_shadowsync.reducers import ElasticCenter, OwnerMean
 from hvd_shadowsync.reducers.base import Fill, as_it_is
+from hvd_shadowsync.reduction import Reduction, RoundOptions
 from hvd_shadowsync.replica import Merge, Replica
 
 logger = logging.getLogger(__name__)
@@ -45,27 +35,6 @@ SAMPLE = 256
 DISTANCE_SAMPLE = 1 << 12
 STATE_CHUNK = 1 << 18
 VOTING = Poller(spin_s=0.0, growth=1.1)  # the others may be far from their votes
-
-
-@dataclass(frozen=True)
-class RoundOptions:
-    """How rounds are made; the same on every rank.
-
-    Attributes:
-        algorithm: the update rule.
-        merge: "delta" or "interpolate".
-        wire_dtype: torch.float16 or torch.bfloat16 to halve what travels; None for the replica's own precision.
-        foreground: whether the training thread runs the rounds (deterministic twins).
-        hierarchical: whether ranks of one host reduce through shared memory and one of them goes on the network, where
-            there are several hosts with several ranks: "auto" where they can, True (says why where they cannot) or
-            False.
-    """
-
-    algorithm: Algorithm
-    merge: str = "delta"
-    wire_dtype: torch.dtype | None = None
-    foreground: bool = False
-    hierarchical: bool | str = "auto"
 
 
 @dataclass
@@ -124,13 +93,9 @@ class Rounds:
         cpu_budget: float | None = None,
     ) -> None:
         self._comm, self._poller, self._options, self._metrics = comm, poller, options, metrics
-        background_center = options.algorithm.asynchronous and not options.foreground
-        self._center_comms = (comm.dup(), comm.dup()) if background_center else None
+        self._reduction = Reduction(comm, replica, options, metrics, poller)
         self._mean = OwnerMean(comm, poller)
         self._cpu_budget = cpu_budget
-        self._hosts = self._take_apart(replica)
-        self._host = self._share_host(replica)
-        self._search: Search | None = None
         self._last_s: float | None = None
         self._idle_rounds = 0
         self._steps = 0
@@ -155,86 +120,20 @@ class Rounds:
             self._poller.wait([self._comm.ibcast(self._snapshot)])
             self._set_anchor(self._snapshot)
 
-    def _take_apart(self, replica: Replica) -> Hosts | None:
-        """Return who is on which host, where rounds are to go one way inside hosts and another between them."""
-        options = self._options
-        if options.algorithm.asynchronous or options.foreground or not options.hierarchical:
-            return None
-        if not Hosts.matter(self._comm) or replica.pinned:
-            if options.hierarchical is True and replica.pinned:
-                logger.warning("hierarchical=True: weights on a GPU are no shared memory; every rank sends its own")
-            return None
-        return Hosts(self._comm)
-
-    def _share_host(self, replica: Replica) -> HostMemory | None:
-        """Return memory for the snapshots of this host's ranks, where rounds can use it."""
-        options, hosts = self._options, self._hosts
-        if hosts is not None:
-            memory = HostMemory.of(hosts.local, replica.numel, replica.dtype, room=replica.numel)
-            return memory if all(self._comm.allgather_object(memory is not None)) else None
-        if options.algorithm.asynchronous or options.foreground or options.wire_dtype is not None or replica.pinned:
-            return None
-        return HostMemory.of(self._comm, replica.numel, replica.dtype)
-
     def _allocate(self) -> None:
-        if self._host is not None and (self._host.numel, self._host.dtype) != (self.replica.numel, self.replica.dtype):
-            self._host = None  # a new layout: new memory would have to be asked for on the training threads
-        self._snapshot = self.replica.empty() if self._host is None else self._host.snapshots[self._host.rank]
+        self._snapshot = self._reduction.snapshot_of(self.replica)
         self._integers = self.replica.empty_integers()
 
     def _set_anchor(self, anchor: Tensor) -> None:
         self._state = self._options.algorithm.init(anchor[: self.replica.num_weights])
-        self._reducer = self._make_reducer(anchor)
-        self._reducer.rebase(anchor)
-        self._tune()
-
-    def _make_reducer(self, anchor: Tensor) -> Reducer:
-        algorithm, comm, poller = self._options.algorithm, self._comm, self._poller
-        if isinstance(algorithm, ElasticAveraging):
-            if self._center_comms is None:
-                return ElasticInTurn(comm, poller, algorithm.elastic, anchor)
-            return ElasticCenter(*self._center_comms, poller, algorithm.elastic, anchor)
-        if self._host is None:
-            return self._network_mean(comm)
-        if self._hosts is None:
-            return HostMean(self._host)
-        leaders = self._hosts.leaders
-        return HierarchicalMean(self._hosts, self._host, None if leaders is None else self._network_mean(leaders))
-
-    def _network_mean(self, comm: Communicator) -> AllReduceMean | OwnerMean:
-        if self._options.wire_dtype is not None or self._options.foreground:
-            return OwnerMean(comm, self._poller, wire_dtype=self._options.wire_dtype)
-        return AllReduceMean(comm, self._poller)
-
-    def _tune(self) -> None:
-        """Let the reducer send as the search has it, which begins with the first reducer that can be told."""
-        if not self._reducer.tunable:
-            return
-        if self._search is None:
-            size = self._comm.size if self._host is None or self._hosts is None else len(set(self._hosts.number))
-            self._search = Search(Transfer.between(size), self._snapshot.nbytes)
-        transfer = self._search.transfer
-        self._reducer.use(transfer)
-        with self._metrics.lock:
-            self._metrics.chunk_bytes, self._metrics.chunks_in_flight = transfer.chunk_bytes, transfer.in_flight
-            self._metrics.pause_ms, self._metrics.searching = 1000 * transfer.pause_s, not self._search.is_over
-
-    def _observe(self, cost_us: int) -> None:
-        """Let the search know what the last round cost the rank that it cost most."""
-        if self._search is not None and not self._search.is_over and self._last_s is not None:
-            self._search.observe(cost_us)
-            self._tune()
-        self._last_s = None
+        self._reducer = self._reduction.begin(anchor)
 
     def free(self) -> None:
         """Give the communicators and their memory back (collective)."""
-        self._host = None
         self._snapshot = torch.empty(0, dtype=self.replica.dtype)
         self._reducer = self._mean
-        if self._hosts is not None:
-            self._hosts.free()
-        for comm in [*(self._center_comms or ()), self._comm]:
-            comm.free()
+        self._reduction.free()
+        self._comm.free()
 
     # --- a round ----------------------------------------------------------------------------------------------------
 
@@ -254,7 +153,9 @@ class Rounds:
             )
             count = self._vote(own)
             verdict, weights = count.verdict, count.weights
-            self._observe(count.most_cost_us)
+            if self._last_s is not None:
+                self._reduction.observe(count.most_cost_us)
+            self._last_s = None
             self._watch_mismatch(count)
             self.most_spent_s = count.most_spent_us / 1e6
             if verdict is Verdict.CONFLICT:

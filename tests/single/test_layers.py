@@ -37,6 +37,7 @@ LAYERS = [
     ["reducers"],
     ["warmup", "average", "ballot", "agree", "alike", "names"],
     ["embedding"],
+    ["reduction"],
     ["rounds"],
     ["arguments", "shadow"],
     ["optimizer"],

@@ -22,8 +22,9 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ReplicaMismatchError
 from hvd_shadowsync.metrics import RoundMetrics
+from hvd_shadowsync.reduction import RoundOptions
 from hvd_shadowsync.replica import Merge, NamedTensor, Replica
-from hvd_shadowsync.rounds import RoundOptions, Rounds, Staged
+from hvd_shadowsync.rounds import Rounds, Staged
 
 TRAIN, MEET, CONSOLIDATE, LEAVE = Intent
 
