@@ -73,7 +73,7 @@ def case(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def start(job: str, hosts: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the contenders of `job` on emulated hosts, one rank each; return what they print."""
+    """Run the contenders of `job` on emulated hosts; return what they print."""
     again = ["--worker", job, "--repeats", str(arguments.repeats), "--mb", *map(str, arguments.mb)]
     size = str(hosts * arguments.ranks_per_host)
     emulated = ["--emulated", str(hosts), "--rate", f"{arguments.rate_mbit:g}mbit", "-np", size, "--threads", "1"]
@@ -189,20 +189,20 @@ def ours() -> Contenders:
     flat = AllReduceMean(comm, Poller())
     reducers: dict[str, Reducer] = {"ours": flat, "ours, float16": OwnerMean(comm, Poller(), wire_dtype=torch.float16)}
     hosts = Hosts(comm) if Hosts.matter(comm) else None
-    memory: dict[int, HostMemory] = {}
+    made: dict[int, tuple[HierarchicalMean, HostMemory]] = {}
     if hosts is not None:
         reducers = {"ours, every rank on the network": flat}
 
     def hierarchical(numel: int) -> None:
         assert hosts is not None
-        if numel not in memory:
-            memory.clear()
-            memory[numel] = HostMemory.of(hosts.local, numel, torch.float32, room=numel)
-        leaders = hosts.leaders and AllReduceMean(hosts.leaders, Poller())
-        mean = HierarchicalMean(hosts, memory[numel], leaders)
-        mean.use(Transfer.between(len(set(hosts.number))))
+        if numel not in made:
+            made.clear()
+            memory = HostMemory.of(hosts.local, numel, torch.float32, room=numel)
+            leaders = hosts.leaders and AllReduceMean(hosts.leaders, Poller())
+            made[numel] = HierarchicalMean(hosts, memory, leaders), memory
+        mean, memory = made[numel]
         vector, out = vectors(numel)
-        mine = memory[numel].snapshots[memory[numel].rank]
+        mine = memory.snapshots[memory.rank]
         for part, values in mean.reduce(mine, (1.0,) * comm.size, lambda part: mine[part].copy_(vector[part])):
             out[part].copy_(values)
 

@@ -15,4 +15,5 @@ def average_in_place(mean: OwnerMean, tensors: Sequence[NamedTensor], weights: S
     replica.snapshot(flat)
     for part, values in mean.reduce(flat, weights):
         flat[part].copy_(values)
+    mean.forget()
     replica.merge(flat, Merge.ASSIGN)

@@ -69,20 +69,25 @@ class Reduction:
         self._center_comms = (comm.dup(), comm.dup()) if background_center else None
         self._hosts = self._take_apart(replica)
         self._memory = self._share_memory(replica)
+        self._layout = (replica.numel, replica.dtype)
         self._search: Search | None = None
 
     def snapshot_of(self, replica: Replica) -> Tensor:
         """Return a vector for snapshots of `replica`, in shared memory where that has its layout."""
-        memory = self._memory
-        if memory is not None and (memory.numel, memory.dtype) != (replica.numel, replica.dtype):
+        memory, layout = self._memory, (replica.numel, replica.dtype)
+        if layout != self._layout:
+            self._layout, self._search = layout, None
+        if memory is not None and layout != (memory.numel, memory.dtype):
             self._memory = memory = None  # new memory would have to be asked for on the training threads
+            if self._options.hierarchical is True:
+                logger.warning("hierarchical=True: parameters were added, from here on every rank sends its own")
         return replica.empty() if memory is None else memory.snapshots[memory.rank]
 
     def begin(self, anchor: Tensor) -> Reducer:
         """Return a reducer for vectors like `anchor`, at which all replicas stand."""
         self._reducer = self._make_reducer(anchor)
         self._reducer.rebase(anchor)
-        if self._reducer.tunable:
+        if self._reducer.tunable and not self._options.foreground:  # the training thread has nothing better to do
             self._search = self._search or Search(Transfer.between(self._num_senders()), anchor.nbytes)
             self._tune(self._search)
         return self._reducer

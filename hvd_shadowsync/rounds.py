@@ -96,7 +96,7 @@ class Rounds:
         self._reduction = Reduction(comm, replica, options, metrics, poller)
         self._mean = OwnerMean(comm, poller)
         self._cpu_budget = cpu_budget
-        self._last_s: float | None = None
+        self._last_cost_s: float | None = None
         self._idle_rounds = 0
         self._steps = 0
         self._consolidated_at = -1
@@ -147,15 +147,15 @@ class Rounds:
         """
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
         if self._meets(intent):
-            spent_us, cost_us = round(1e6 * spent_s), round(1e6 * self._cost_s(spent_s))
+            spent_us, cost_us = round(1e6 * spent_s), round(1e6 * (self._last_cost_s or 0.0))
             own = Ballot(
                 intent, self._counts(), self.wanted_replica.fingerprint, spent_us, cost_us, self._is_out_of_patience()
             )
             count = self._vote(own)
             verdict, weights = count.verdict, count.weights
-            if self._last_s is not None:
+            if self._last_cost_s is not None:
                 self._reduction.observe(count.most_cost_us)
-            self._last_s = None
+            self._last_cost_s = None
             self._watch_mismatch(count)
             self.most_spent_s = count.most_spent_us / 1e6
             if verdict is Verdict.CONFLICT:
@@ -181,9 +181,9 @@ class Rounds:
     def _meets(self, intent: Intent) -> bool:
         return not self.serves or intent is not Intent.TRAIN or self.wanted_replica is not self.replica
 
-    def _cost_s(self, spent_s: float) -> float:
-        """Return how long after the last round began the next could, by what it took and by what it spent."""
-        return max(self._last_s or 0.0, spent_s / self._cpu_budget if self._cpu_budget is not None else 0.0)
+    def _cost_s(self, took_s: float, spent_s: float) -> float:
+        """Return how long after a round began the next could, by what it took and by what it spent."""
+        return max(took_s, spent_s / self._cpu_budget if self._cpu_budget is not None else 0.0)
 
     def _counts(self) -> bool:
         """A waiting rank counts until what it contributed has settled in the others' weights."""
@@ -197,7 +197,7 @@ class Rounds:
         return ballot.count(votes, self.replica.fingerprint)
 
     def _round(self, weights: tuple[float, ...]) -> Staged:
-        begun, sent = time.monotonic(), self._reducer.bytes_sent
+        begun, spent, sent = time.monotonic(), time.thread_time(), self._reducer.bytes_sent
         fill = self._begin_snapshot()
         sample: Tensor | None = None
         squared = [0.0, 0.0]
@@ -207,9 +207,10 @@ class Rounds:
             for piece, values in self._weights_and_buffers(part, reduced):
                 anchor = self._update(piece, values)
                 self._stage(piece, anchor, squared)
-        self._last_s = time.monotonic() - begun
+        took_s = time.monotonic() - begun
+        self._last_cost_s = self._cost_s(took_s, time.thread_time() - spent)
         with self._metrics.lock:
-            self._metrics.in_flight_s += self._last_s
+            self._metrics.in_flight_s += took_s
             self._metrics.bytes_sent += self._reducer.bytes_sent - sent
             self._metrics.distance = math.sqrt(squared[0] / squared[1]) if squared[1] > 0 else math.nan
         how = Merge.ADD if self._options.merge == "delta" else Merge.PULL
@@ -280,6 +281,7 @@ class Rounds:
         sent = self._mean.bytes_sent
         for part, mean in self._mean.reduce(self._snapshot, weights):
             self._snapshot[part].copy_(mean)
+        self._mean.forget()
         if self._integers.numel():
             self._poller.wait([self._comm.ibcast(self._integers)])
         with self._metrics.lock:

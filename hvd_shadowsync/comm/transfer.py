@@ -49,8 +49,9 @@ class Transfer:
 class Search:
     """Tries one setting after the other, each in a few rounds, and keeps the one whose rounds could follow fastest.
 
-    First the size of the chunks, then how many are under way, then the pauses; what is better by less than a
-    twentieth is not. All ranks observe the same costs, so they choose the same without a word about it.
+    First the size of the chunks, then how many are under way, then the pauses, and at last what it began with once
+    more: the first rounds of a job are slow by themselves. What is better by less than a twentieth is not. All ranks
+    observe the same costs, so they choose the same without a word about it.
 
     Args:
         start: what to begin with.
@@ -58,10 +59,10 @@ class Search:
     """
 
     def __init__(self, start: Transfer, num_bytes: int) -> None:
-        self.best = self.transfer = start
+        self._start = self.best = self.transfer = start
         self._num_bytes = num_bytes
         self._costs: list[int] = []
-        self._least = 0.0
+        self._least: float | None = None
         self._to_skip = WARM_UP_ROUNDS
         self._candidates = self._alternatives()
 
@@ -84,7 +85,11 @@ class Search:
 
     def _conclude(self, cost: float) -> None:
         assert self._candidates is not None
-        if self.transfer is self.best or cost < WORTH_IT * self._least:
+        if self._least is None:
+            self._least = cost
+        elif self.transfer is self._start:
+            self.best = self._start if WORTH_IT * cost < self._least else self.best
+        elif cost < WORTH_IT * self._least:
             self.best, self._least = self.transfer, cost
         following = next(self._candidates, None)
         if following is None:
@@ -93,13 +98,14 @@ class Search:
 
     def _alternatives(self) -> Iterator[Transfer] | None:
         def candidates() -> Iterator[Transfer]:
-            start = self.best
+            start = self._start
             for chunk_bytes in (start.chunk_bytes // 4, start.chunk_bytes * 4):
                 yield replace(self.best, chunk_bytes=chunk_bytes)
             for in_flight in (start.in_flight // 2, start.in_flight * 2):
                 yield replace(self.best, in_flight=in_flight)
             for pause_s in (start.pause_s / 4, start.pause_s * 2, start.pause_s * 4):
                 yield replace(self.best, pause_s=pause_s)
+            yield start
 
         return (each for each in candidates() if self._amounts_to(each) != self._amounts_to(self.best))
 

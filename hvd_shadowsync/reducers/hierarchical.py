@@ -76,7 +76,7 @@ class HierarchicalMean(Reducer):
 
     def __init__(self, hosts: Hosts, memory: HostMemory, network: ChunkedMean | None, poller: Poller = WAITING) -> None:
         self._hosts, self._memory, self._network, self._poller = hosts, memory, network, poller
-        self._transfer = Transfer.between(len(set(hosts.number)))
+        self.use(Transfer.between(len(set(hosts.number))))
         self._begun = memory.counted(Reached.SUMMED, memory.rank)
 
     def rebase(self, anchor: Tensor) -> None:
@@ -114,10 +114,13 @@ class HierarchicalMean(Reducer):
 
         def have(part: slice) -> None:
             needed, polls = part.start // mean.blocks[0].stop + 1, 0
-            while mean.summed < needed:
-                polls = 0 if mean.go_on(done) else polls + 1
-                self._poller.pause(polls)
-            memory.wait(self._poller, Reached.SUMMED, self._begun + needed)
+            while mean.summed < needed or memory.counted(Reached.SUMMED) < self._begun + needed:
+                if mean.go_on(done):
+                    polls = 0
+                    continue
+                network.poke()  # what is on the network would wait for this host's slowest rank
+                self._poller.pause(polls := polls + 1)
+            memory.fence()
 
         for part, values in network.reduce(sums[: memory.numel], by_host, have):
             sums[part].copy_(values)
@@ -130,8 +133,10 @@ class HierarchicalMean(Reducer):
         polls = 0
         for done, part in enumerate(mean.blocks):
             while self._memory.counted(Reached.REDUCED, 0) <= self._begun + done:
-                polls = 0 if mean.go_on(done) else polls + 1
-                self._poller.pause(polls)
+                if mean.go_on(done):
+                    polls = 0
+                    continue
+                self._poller.pause(polls := polls + 1)
             self._memory.fence()
             yield part, self._memory.sums[part]
 
@@ -149,16 +154,16 @@ class _HostsShare:
     def go_on(self, done: int) -> bool:
         """Fill or sum the next block that may be, where `done` have been reduced; tell whether there was one."""
         memory, limit = self._memory, min(len(self.blocks), done + self._ahead)
-        if self._filled < limit:
-            self._fill(self.blocks[self._filled])
-            self._filled += 1
-            memory.count(Reached.FILLED, self._begun + self._filled)
-            return True
         if self.summed < limit and memory.counted(Reached.FILLED) > self._begun + self.summed:
             memory.fence()
             block = self.blocks[self.summed]
             memory.average(block, self._weights, memory.sums[block])
             self.summed += 1
             memory.count(Reached.SUMMED, self._begun + self.summed)
+            return True
+        if self._filled < limit:
+            self._fill(self.blocks[self._filled])
+            self._filled += 1
+            memory.count(Reached.FILLED, self._begun + self._filled)
             return True
         return False

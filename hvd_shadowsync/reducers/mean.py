@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -28,7 +29,8 @@ class Spare:
             whole = kept.pop()
             if whole.numel() >= numel:  # else of a shorter vector
                 return whole[:numel]
-        return torch.empty(numel, dtype=dtype)
+        with torch.inference_mode(False):  # a caller in inference mode would leave buffers that are good for no other
+            return torch.empty(numel, dtype=dtype)
 
     def give(self, *tensors: Tensor) -> None:
         """Take tensors back that `take` returned."""
@@ -44,7 +46,7 @@ class ChunkedMean(Reducer):
         comm: used by this reducer alone.
         poller: how to wait.
         chunk_bytes: size of a chunk; by default what `Transfer.between` says.
-        in_flight: chunks under way at a time; by default the same.
+        in_flight: chunks under way at a time, at least 2 where owners sum; by default the same.
     """
 
     sliced = tunable = True
@@ -61,6 +63,14 @@ class ChunkedMean(Reducer):
         """See `Reducer.use`."""
         self._chunk_bytes, self._in_flight = transfer.chunk_bytes, transfer.in_flight
         self._poller = transfer.poller(self._poller)
+        self.forget()
+
+    @abstractmethod
+    def poke(self) -> None:
+        """Let what is under way make progress, while the caller of a reduction waits for something else."""
+
+    def forget(self) -> None:
+        """Give buffers that are kept for the next reduction back to the system."""
         self._spare = Spare()
 
     def _chunk(self, snapshot: Tensor) -> int:
@@ -75,10 +85,22 @@ class ChunkedMean(Reducer):
 class AllReduceMean(ChunkedMean):
     """The weighted mean of the snapshots by `Iallreduce`; arguments as for `ChunkedMean`."""
 
+    def __init__(
+        self, comm: Communicator, poller: Poller, *, chunk_bytes: int | None = None, in_flight: int | None = None
+    ) -> None:
+        super().__init__(comm, poller, chunk_bytes=chunk_bytes, in_flight=in_flight)
+        self._flying: deque[tuple[slice, Tensor, Request]] = deque()
+
+    def poke(self) -> None:
+        """See `ChunkedMean.poke`."""
+        for _, _, request in self._flying:
+            request.test()
+
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
         own, total = weights[self._comm.rank], sum(weights)
-        flying: deque[tuple[slice, Tensor, Request]] = deque()
+        flying = self._flying
+        flying.clear()
         for part in self._chunks(snapshot):
             if len(flying) == self._in_flight:
                 yield from self._land(flying, total)
@@ -131,16 +153,24 @@ class OwnerMean(ChunkedMean):
         super().__init__(comm, poller, chunk_bytes=chunk_bytes, in_flight=in_flight)
         self._wire_dtype = wire_dtype
         self._reference: Tensor | None = None
+        self._out: deque[tuple[slice, Tensor, Tensor, Request]] = deque()
+        self._back: deque[tuple[slice, Tensor, Tensor, Request]] = deque()
 
     def rebase(self, anchor: Tensor) -> None:
         """Keep `anchor` as what distances are taken from, where a narrower dtype travels."""
         if self._wire_dtype is not None:
-            self._reference = anchor.clone()
+            self._reference = self._known(anchor).copy_(anchor)
+
+    def poke(self) -> None:
+        """See `ChunkedMean.poke`."""
+        for *_, request in (*self._out, *self._back):
+            request.test()
 
     def reduce(self, snapshot: Tensor, weights: Sequence[float], fill: Fill = as_it_is) -> Slices:
         """See `Reducer.reduce`."""
-        out: deque[tuple[slice, Tensor, Tensor, Request]] = deque()
-        back: deque[tuple[slice, Tensor, Tensor, Request]] = deque()
+        out, back = self._out, self._back
+        out.clear()
+        back.clear()
         for part in self._chunks(snapshot):
             if len(out) + len(back) >= self._in_flight and back:
                 yield from self._land(back, snapshot.dtype)
@@ -216,6 +246,7 @@ class OwnerMean(ChunkedMean):
         self._spare.give(gathered)
 
     def _known(self, snapshot: Tensor) -> Tensor:
-        if self._reference is None:
-            self._reference = torch.zeros_like(snapshot)
+        if self._reference is None or self._reference.numel() != snapshot.numel():
+            with torch.inference_mode(False):
+                self._reference = torch.zeros(snapshot.numel(), dtype=snapshot.dtype)
         return self._reference

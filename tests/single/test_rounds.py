@@ -641,7 +641,7 @@ def test_the_search_goes_by_the_rank_whose_rounds_cost_most() -> None:
     def program(comm: Communicator) -> tuple[list[float], dict[str, float]]:
         rank = Rank(comm, ModelAveraging(), numel=4 << 20, hierarchical=False)
         costs = {0: lambda in_flight: 0.001 * in_flight, 1: lambda in_flight: 0.1 / in_flight}
-        rank.rounds._cost_s = lambda _: costs[comm.rank](rank.metrics.chunks_in_flight)  # type: ignore[method-assign]
+        rank.rounds._cost_s = lambda *_: costs[comm.rank](rank.metrics.chunks_in_flight)  # type: ignore[method-assign]
         searching = []
         while not searching or searching[-1]:
             rank.round()
@@ -660,10 +660,105 @@ def test_a_rounds_cost_is_its_time_or_its_share_of_the_budget() -> None:
             Rounds(comm.dup(), replica, RoundOptions(ModelAveraging()), RoundMetrics(), Poller(), cpu_budget=budget)
             for budget in (None, 0.02)
         )
-        plain._last_s = paced._last_s = 0.3
-        return [plain._cost_s(0.01), paced._cost_s(0.01), paced._cost_s(0.001)]
+        return [plain._cost_s(0.3, 0.01), paced._cost_s(0.3, 0.01), paced._cost_s(0.3, 0.001)]
 
     assert local.run(2, program, hosts=[0, 1]) == [[0.3, 0.5, 0.3]] * 2
+
+
+def test_a_new_layout_is_searched_for_anew_and_ends_hierarchical_rounds(caplog: pytest.LogCaptureFixture) -> None:
+    def program(comm: Communicator) -> tuple[float, str, list[float], float]:
+        rank = Rank(comm, ModelAveraging(), hierarchical=True)
+        while not rank.metrics.rounds or rank.metrics.searching:
+            rank.round()
+            rank.metrics.rounds += 1
+        before = rank.metrics.chunk_bytes
+        rank.rounds.wanted_replica = rank.make_replica(more=torch.full((3,), float(comm.rank)))
+        assert rank.round() is not Verdict.ROUND
+        assert rank.metrics.searching
+        rank.weights += comm.rank
+        rank.round()
+        return before, type(rank.rounds._reducer).__name__, rank.weights.tolist(), rank.metrics.chunk_bytes
+
+    with caplog.at_level(logging.WARNING):
+        results = local.run(8, program, hosts=[0] * 4 + [1] * 4)
+    assert results == [(1 << 20, "AllReduceMean", [3.5] * 6, 4 << 20)] * 8
+    assert "hierarchical=True: parameters were added, from here on every rank sends its own" in caplog.text
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 1], [0, 1, 0, 1]], ids=str)
+def test_what_follows_a_round_over_several_hosts(hosts: list[int]) -> None:
+    """Consolidation, another beginning in the same memory, and a rank that does not count any more."""
+    size = len(hosts)
+
+    def program(comm: Communicator) -> list[list[float]]:
+        rank = Rank(comm, ModelAveraging())
+        seen = []
+        for turn in range(3):
+            rank.weights.fill_(float(comm.rank + turn))
+            rank.round()
+            seen.append(rank.weights.tolist())
+            rank.weights += comm.rank
+            assert isinstance(rank.round(CONSOLIDATE, steps=0), Staged)
+            seen.append(rank.weights.tolist())
+            rank.rounds.begin(rank.replica)
+        return seen
+
+    mean = (size - 1) / 2
+    expected = [[value] * 6 for turn in range(3) for value in (mean + turn, 2 * mean + turn)]
+    for seen in local.run(size, program, hosts=hosts):
+        torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("wire_dtype", "width"), [(None, 4), (torch.float16, 2)], ids=str)
+def test_bytes_between_hosts_follow_the_wire(wire_dtype: torch.dtype | None, width: int) -> None:
+    def program(comm: Communicator) -> float:
+        rank = Rank(comm, ModelAveraging(), numel=998, wire_dtype=wire_dtype)  # and two of a buffer
+        rank.round()
+        return rank.metrics.bytes_sent
+
+    assert local.run(4, program, hosts=[0, 0, 1, 1]) == [1000 * width, 0] * 2
+
+
+def test_one_host_without_shared_memory_is_enough_for_messages() -> None:
+    def program(comm: Communicator) -> str:
+        split = comm.split
+        if comm.rank > 1:
+            comm.split = lambda color: Apart(split(color)) if color else split(color)  # type: ignore
+        rank = Rank(comm, ModelAveraging())
+        rank.weights.fill_(float(comm.rank))
+        rank.round()
+        assert rank.weights.tolist() == [1.5] * 6
+        return type(rank.rounds._reducer).__name__
+
+    def undisturbed(comm: Communicator) -> str:
+        comm.dup = lambda: comm  # type: ignore[method-assign]
+        return program(comm)
+
+    assert local.run(4, undisturbed, hosts=[0, 0, 1, 1]) == ["AllReduceMean"] * 4
+
+
+@pytest.mark.parametrize("options", [{"foreground": True}, {"wire_dtype": torch.float16}], ids=str)
+def test_rounds_in_inference_mode_leave_nothing_that_disturbs_later_ones(options: dict[str, Any]) -> None:
+    def program(rank: Rank) -> list[float]:
+        rank.weights.fill_(float(rank.comm.rank))
+        with torch.inference_mode():
+            rank.round(CONSOLIDATE, steps=0)
+            rank.round()
+        rank.weights += rank.comm.rank
+        rank.round()
+        rank.round(CONSOLIDATE, steps=0)
+        return rank.weights.tolist()
+
+    for weights in run(2, program, **options):
+        assert weights == pytest.approx([1.0] * 6, abs=1e-2)
+
+
+def test_foreground_rounds_do_not_search() -> None:
+    def program(rank: Rank) -> float:
+        rank.round()
+        return rank.metrics.snapshot()["searching"]
+
+    assert run(2, program, foreground=True) == [0.0] * 2
 
 
 def test_rounds_that_are_not_sent_in_chunks_choose_nothing() -> None:

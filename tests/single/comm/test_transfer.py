@@ -56,6 +56,13 @@ def test_the_best_is_found(chunk_bytes: int, in_flight: int, pause_s: float) -> 
     assert searched(cost)[-1] == best
 
 
+def test_a_start_that_was_slow_by_itself_is_tried_again() -> None:
+    rounds = iter(range(100))
+    used = searched(lambda transfer: 2000 if transfer == START and next(rounds) < 10 else 1000)
+    assert used[-4:] == [START] * 4
+    assert Transfer(MIB // 4, 4, 0.001) in used
+
+
 def test_a_little_better_is_not_better() -> None:
     assert searched(lambda transfer: 1000 if transfer == START else 960)[-1] == START
 
