@@ -118,7 +118,7 @@ def goal(groups: Groups) -> Iterable[list[str]]:
         horovod = values(groups.get((HOROVOD, trainers, None), {}))
         to_one, to_horovod = paired_interval(values(seeds), one), paired_interval(values(seeds), horovod)
         row = [str(trainers), method, str(len(seeds)), spread(values(seeds)), difference(to_one)]
-        if method == HOROVOD:
+        if method == HOROVOD or not horovod:
             yield [*row, "", "", ""]
         else:
             by_mean = "met" if to_horovod.mean >= -ALLOWANCE else "not met"

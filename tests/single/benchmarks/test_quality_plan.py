@@ -106,6 +106,11 @@ def test_tables_say_what_the_differences_are() -> None:
     assert [line[3] for line in swept] == ["4.0 (4.0 to 4.0)"]
 
 
+def test_nothing_is_said_of_the_goal_before_horovod_ran() -> None:
+    rows = report(CHOICE, tuned({}) + measured({"S-MA": [0.7, 0.71, 0.72]}), ABOUT).splitlines()
+    assert "| 2 | S-MA | 3 | 0.7100 ± 0.0248 |  |  |  |  |" in rows
+
+
 def test_the_goal_at_equal_rates() -> None:
     choice = replace(CHOICE, equal_rates=(0.3, 0.4))
     runs = stages(choice, best_rates(choice, tuned({})))["equal rates"]
