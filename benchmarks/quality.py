@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ from quality_plan import (
 )
 
 HERE = Path(__file__).resolve().parent
-QUICK = Choice(trainers=(2,), seeds=2, algorithms=GOAL, sweep=False, learning_rates=(0.02,))
+QUICK = Choice(trainers=(2,), seeds=2, algorithms=GOAL, sweep=False, learning_rates=(0.02,), equal_rates=())
 QUICK_EXAMPLES = 40_960
 RUN_S, START_S = 3.0, {1: 8.0, 2: 10.0, 4: 15.0, 8: 30.0}  # guesses of --list where nothing was measured yet
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    choice = Choice(args.trainers, args.seeds, args.algorithms, args.sweep, args.learning_rates, args.tuning_seeds)
+    choice = Choice(**{field.name: getattr(args, field.name) for field in fields(Choice)})
     try:
         results = Results(args.results, {"batch_size": BATCH_SIZE, "examples": args.examples})
         if not args.report_only and not args.list and results.found and not args.resume:
@@ -89,6 +89,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sweep", action=argparse.BooleanOptionalAction, help="sync gaps from 1 to 1000 steps; default yes")
     add("--learning-rates", type=float, nargs="+", metavar="LR", help="the grid; a single one is taken as it is")
     add("--tuning-seeds", type=int, metavar="N", help="seeds of the choice of learning rates; default 2")
+    add(
+        "--equal-rates",
+        type=float,
+        nargs="*",
+        metavar="LR",
+        help="compare at these as well; default 0.01 0.02 0.04 0.08",
+    )
     add("--examples", type=int, metavar="N", help="train on the first N rows only; default all")
     add("--quick", action="store_true", help="2 trainers, 2 seeds, 40,960 rows, learning rate 0.02, no sweep")
     add("--list", action="store_true", help="say what would run and how long it may take, and end")
@@ -103,9 +110,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    for rate in args.learning_rates or []:
-        if not 0 < rate < float("inf"):
-            parser.error(f"--learning-rates {rate}: expected finite values above 0")
+    for name in ("learning_rates", "equal_rates"):
+        for rate in getattr(args, name) or []:
+            if not 0 < rate < float("inf"):
+                parser.error(f"--{name.replace('_', '-')} {rate}: expected finite values above 0")
     for name, value in asdict(QUICK if args.quick else Choice()).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

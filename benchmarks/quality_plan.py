@@ -90,6 +90,7 @@ class Choice:
         sweep: whether to sweep the sync gap.
         learning_rates: the grid; one value is taken as it is.
         tuning_seeds: how many, from 1.
+        equal_rates: learning rates at which all of the goal are compared as well, whatever was chosen.
     """
 
     trainers: Sequence[int] = (2, 4, 8)
@@ -98,6 +99,7 @@ class Choice:
     sweep: bool = True
     learning_rates: Sequence[float] = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
     tuning_seeds: int = 2
+    equal_rates: Sequence[float] = (0.01, 0.02, 0.04, 0.08)
 
 
 def whole_steps(rows: int, limit: int | None, trainers: int) -> int:
@@ -152,12 +154,13 @@ def best_rates(choice: Choice, results: Sequence[Result]) -> Rates:
 
 def stages(choice: Choice, rates: Rates) -> dict[str, list[Run]]:
     """Return the runs on the test months, in the order of their importance."""
-    one = [Run(ONE, 1, seed, rates.get((ONE, 1), math.nan)) for seed in range(1, choice.seeds + 1)]
-    goal = [HOROVOD, *(method for method in choice.algorithms if method in GOAL)]
+    goal = [ONE, HOROVOD, *(method for method in choice.algorithms if method in GOAL)]
     rest = [method for method in choice.algorithms if method in REST]
     swept = [method for method in choice.algorithms if method in SWEPT] if choice.sweep else []
+    pairs = [(ONE, 1), *((tuned_by(method), n) for method in METHODS for n in choice.trainers)]
     return {
-        "goal": one + _runs(choice, rates, goal),
+        "goal": _runs(choice, rates, goal),
+        "equal rates": [run for rate in choice.equal_rates for run in _runs(choice, dict.fromkeys(pairs, rate), goal)],
         "sweep": _runs(choice, rates, swept, GAPS),
         "rest": _runs(choice, rates, rest),
     }
@@ -166,10 +169,11 @@ def stages(choice: Choice, rates: Rates) -> dict[str, list[Run]]:
 def _runs(choice: Choice, rates: Rates, methods: Sequence[str], gaps: Sequence[int | None] = (None,)) -> list[Run]:
     return [
         Run(method, trainers, seed, rates.get((tuned_by(method), trainers), math.nan), sync_every=gap)
-        for trainers in choice.trainers
+        for trainers in (1, *choice.trainers)
         for seed in range(1, choice.seeds + 1)
         for method in methods
         for gap in gaps
+        if (method == ONE) == (trainers == 1)
     ]
 
 

@@ -71,6 +71,9 @@ def report(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) ->
             "### The goal\n",
             f"AUC minus Horovod's, not below -{ALLOWANCE}: by the mean over seeds, and by the whole interval.\n",
             table(GOAL_COLUMNS, goal(groups)),
+            "### The goal at equal learning rates\n",
+            "Whatever was chosen: the same learning rate for all. AUC, and differences to Horovod's.\n",
+            table(["trainers", "learning rate", HOROVOD, *(f"{each} - {HOROVOD}" for each in GOAL)], equal(found)),
             "### All algorithms\n",
             NOTE,
             table(ALL_COLUMNS, everything(groups)),
@@ -115,11 +118,25 @@ def goal(groups: Groups) -> Iterable[list[str]]:
         horovod = values(groups.get((HOROVOD, trainers, None), {}))
         to_one, to_horovod = paired_interval(values(seeds), one), paired_interval(values(seeds), horovod)
         row = [str(trainers), method, str(len(seeds)), spread(values(seeds)), difference(to_one)]
-        if method == HOROVOD:
+        if method == HOROVOD or not horovod:
             yield [*row, "", "", ""]
         else:
             by_mean = "met" if to_horovod.mean >= -ALLOWANCE else "not met"
             yield [*row, difference(to_horovod), by_mean, f"**{verdict(to_horovod, ALLOWANCE)}**"]
+
+
+def equal(found: Sequence[Result]) -> Iterable[list[str]]:
+    """Return a row for each number of trainers and each learning rate at which Horovod ran on the test months."""
+    aucs: dict[tuple[int, float], dict[str, dict[int, Result]]] = {}
+    for result in found:
+        run = Run(**result["run"])
+        if run.method in (HOROVOD, *GOAL) and not run.validate and run.sync_every is None:
+            aucs.setdefault((run.trainers, run.learning_rate), {}).setdefault(run.method, {})[run.seed] = result
+    for (trainers, rate), methods in sorted(aucs.items()):
+        if HOROVOD in methods and len(methods) > 1:
+            horovod = values(methods[HOROVOD])
+            ours = [difference(paired_interval(values(methods.get(method, {})), horovod)) for method in GOAL]
+            yield [str(trainers), f"{rate:g}", spread(horovod), *ours]
 
 
 def everything(groups: Groups) -> Iterable[list[str]]:

@@ -23,7 +23,9 @@ from quality_plan import (
 )
 from quality_report import grouped, report
 
-CHOICE = Choice(trainers=(2,), seeds=3, algorithms=("S-MA", "S-EASGD", AT_THE_END), learning_rates=(0.1, 0.2))
+CHOICE = Choice(
+    trainers=(2,), seeds=3, algorithms=("S-MA", "S-EASGD", AT_THE_END), learning_rates=(0.1, 0.2), equal_rates=()
+)
 ABOUT = {"machine": "a machine", "settings": {"batch_size": 256, "examples": None}}
 
 
@@ -102,6 +104,23 @@ def test_tables_say_what_the_differences_are() -> None:
     assert goal["S-EASGD"][5:] == ["-0.0107 (-0.0135 to -0.0078)", "not met", "**not met**"]
     swept = [line for line in lines if line[:3] == ["2", "S-MA", "30"]]
     assert [line[3] for line in swept] == ["4.0 (4.0 to 4.0)"]
+
+
+def test_nothing_is_said_of_the_goal_before_horovod_ran() -> None:
+    rows = report(CHOICE, tuned({}) + measured({"S-MA": [0.7, 0.71, 0.72]}), ABOUT).splitlines()
+    assert "| 2 | S-MA | 3 | 0.7100 ± 0.0248 |  |  |  |  |" in rows
+
+
+def test_the_goal_at_equal_rates() -> None:
+    choice = replace(CHOICE, equal_rates=(0.3, 0.4))
+    runs = stages(choice, best_rates(choice, tuned({})))["equal rates"]
+    tried = {rate: {(run.method, run.trainers) for run in runs if run.learning_rate == rate} for rate in (0.3, 0.4)}
+    assert tried[0.3] == tried[0.4] == {(ONE, 1), (HOROVOD, 2), ("S-MA", 2), ("S-EASGD", 2)}
+    found = [
+        result(run, 0.7 + run.seed / 100 + 0.002 * (run.method == "S-MA")) for run in runs if run.learning_rate < 0.4
+    ]
+    rows = [line for line in report(choice, found, ABOUT).splitlines() if line.startswith("| 2 | 0.3 |")]
+    assert rows == ["| 2 | 0.3 | 0.7200 ± 0.0248 | +0.0020 (+0.0020 to +0.0020) | +0.0000 (+0.0000 to +0.0000) |  |"]
 
 
 def test_results_with_rates_that_are_not_chosen_do_not_count() -> None:
