@@ -58,7 +58,7 @@ def test_the_best_is_found(chunk_bytes: int, in_flight: int, pause_s: float) -> 
 
 def test_a_start_that_was_slow_by_itself_is_tried_again() -> None:
     rounds = iter(range(100))
-    used = searched(lambda transfer: 2000 if transfer == START and next(rounds) < 10 else 1000)
+    used = searched(lambda transfer: 2000 if transfer == START and next(rounds) < 5 else 1000)
     assert used[-4:] == [START] * 4
     assert Transfer(MIB // 4, 4, 0.001) in used
 
