@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.tuning import EAGER_BYTES
 
 KIB = 1 << 10
-EAGER_BYTES = 512 * KIB
 LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 1024 * KIB, 4096 * KIB
 LEAST_SHARE_BYTES = 64 * KIB
 ROUNDS_OF_A_TRIAL = 3

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
+EAGER_BYTES = 512 << 10
+"""What MPI is to send at once, without asking the receiver first."""
+HEADER_BYTES = 4096
+
 MPI_DEFAULTS: Mapping[str, str] = {
     # Same name and value in Open MPI 4 and 5; their own choice for large messages takes about twice the ring's time.
     "OMPI_MCA_coll_libnbc_iallreduce_algorithm": "ring",
-    # 512 KiB, and room for a header: what is longer is sent over TCP only once the other rank, which polls now and
-    # then, has answered, and the link idles until then.
-    "OMPI_MCA_btl_tcp_eager_limit": str((512 << 10) + 4096),
+    # What is longer is sent over TCP only once the other rank, which polls now and then, has answered, and the link
+    # idles until then.
+    "OMPI_MCA_btl_tcp_eager_limit": str(EAGER_BYTES + HEADER_BYTES),
 }
 
 MCA_PREFIX = "OMPI_MCA_"

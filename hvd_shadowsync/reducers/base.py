@@ -49,6 +49,13 @@ class Reducer(ABC):
         """Take note that all replicas stand at `anchor` (flat, bit-identical on every rank)."""
 
 
+def chunks(snapshot: Tensor, chunk_bytes: int) -> list[slice]:
+    """Return the parts of the flat `snapshot` that go into one call each, in order."""
+    numel = snapshot.numel()
+    chunk = max(1, min(chunk_bytes // snapshot.element_size(), numel))
+    return [slice(start, min(start + chunk, numel)) for start in range(0, numel, chunk)]
+
+
 class Shards:
     """A flat vector in equal contiguous shards, one a rank; the last ones may be short or empty."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.transfer import Transfer
-from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is
+from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is, chunks
 from hvd_shadowsync.reducers.host import WAITING, HostMemory, Reached
 from hvd_shadowsync.reducers.mean import ChunkedMean
 
@@ -96,16 +96,12 @@ class HierarchicalMean(Reducer):
         assert snapshot.data_ptr() == memory.snapshots[memory.rank].data_ptr(), "the snapshot is in shared memory"
         own, by_host = self._hosts.weights(weights)
         ahead = self._transfer.in_flight + AHEAD
-        mean = _HostsShare(memory, self._blocks(snapshot), own, fill, self._begun, ahead)
+        mean = _HostsShare(memory, chunks(snapshot, self._transfer.chunk_bytes), own, fill, self._begun, ahead)
         if self._network is None:
             yield from self._follow(mean)
         else:
             yield from self._lead(mean, self._network, by_host)
         self._begun += len(mean.blocks)
-
-    def _blocks(self, snapshot: Tensor) -> list[slice]:
-        chunk = max(1, min(self._transfer.chunk_bytes // snapshot.element_size(), snapshot.numel()))
-        return [slice(start, min(start + chunk, snapshot.numel())) for start in range(0, snapshot.numel(), chunk)]
 
     def _lead(self, mean: _HostsShare, network: ChunkedMean, by_host: Sequence[float]) -> Slices:
         memory, sums = self._memory, self._memory.sums

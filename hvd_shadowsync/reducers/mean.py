@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.transfer import Transfer
-from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is
+from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is, chunks
 
 
 class Spare:
@@ -73,14 +73,6 @@ class ChunkedMean(Reducer):
         """Give buffers that are kept for the next reduction back to the system."""
         self._spare = Spare()
 
-    def _chunk(self, snapshot: Tensor) -> int:
-        return max(1, min(self._chunk_bytes // snapshot.element_size(), snapshot.numel()))
-
-    def _chunks(self, snapshot: Tensor) -> Iterator[slice]:
-        chunk = self._chunk(snapshot)
-        for start in range(0, snapshot.numel(), chunk):
-            yield slice(start, min(start + chunk, snapshot.numel()))
-
 
 class AllReduceMean(ChunkedMean):
     """The weighted mean of the snapshots by `Iallreduce`; arguments as for `ChunkedMean`."""
@@ -101,7 +93,7 @@ class AllReduceMean(ChunkedMean):
         own, total = weights[self._comm.rank], sum(weights)
         flying = self._flying
         flying.clear()
-        for part in self._chunks(snapshot):
+        for part in chunks(snapshot, self._chunk_bytes):
             if len(flying) == self._in_flight:
                 yield from self._land(flying, total)
             fill(part)
@@ -171,7 +163,7 @@ class OwnerMean(ChunkedMean):
         out, back = self._out, self._back
         out.clear()
         back.clear()
-        for part in self._chunks(snapshot):
+        for part in chunks(snapshot, self._chunk_bytes):
             if len(out) + len(back) >= self._in_flight and back:
                 yield from self._land(back, snapshot.dtype)
             if len(out) >= max(1, self._in_flight // 2):

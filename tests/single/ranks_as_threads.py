@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hvd_shadowsync import ShadowSync
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.reducers import Reducer
 
 T = TypeVar("T")
 TIMEOUT_S = 25.0
@@ -115,6 +116,20 @@ def flat(model: torch.nn.Module) -> Tensor:
 
 def sgd(model: torch.nn.Module, lr: float = 0.1, **more: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr, **more)
+
+
+def reduced_in_place(
+    reducer: Reducer, live: Tensor, snapshot: Tensor, weights: Sequence[float], pause_s: float = 0.0
+) -> Tensor:
+    """Return the mean; the snapshot is filled slice by slice, and spoilt as soon as its slice is reduced."""
+    out, times = torch.full_like(live, float("nan")), torch.zeros(live.numel())
+    for part, values in reducer.reduce(snapshot, weights, lambda part: snapshot[part].copy_(live[part])):
+        time.sleep(pause_s)
+        out[part] = values
+        times[part] += 1
+        snapshot[part] = float("nan")
+    assert (times == 1).all()
+    return out
 
 
 class Slopes:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.comm.transfer import EAGER_BYTES, ROUNDS_OF_A_TRIAL, WARM_UP_ROUNDS, Search, Transfer
+from hvd_shadowsync.comm.transfer import ROUNDS_OF_A_TRIAL, WARM_UP_ROUNDS, Search, Transfer
+from hvd_shadowsync.comm.tuning import EAGER_BYTES
 
 MIB = 1 << 20
 START = Transfer(MIB, 4, 0.001)

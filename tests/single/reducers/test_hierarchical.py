@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies
-from ranks_as_threads import TIMEOUT_S
+from ranks_as_threads import TIMEOUT_S, reduced_in_place
 from recording import Recorded
 from torch import Tensor
 
@@ -45,18 +45,7 @@ class Rank:
         self.reducer.use(transfer)
 
     def mean(self, weights: Sequence[float], pause_s: float = 0.0) -> Tensor:
-        """Take a round; the snapshot is spoilt as soon as its slice is reduced."""
-        out, times = torch.full_like(self.live, float("nan")), torch.zeros(self.live.numel())
-        for part, values in self.reducer.reduce(self.snapshot, weights, self._fill):
-            time.sleep(pause_s)
-            out[part] = values
-            times[part] += 1
-            self.snapshot[part] = float("nan")
-        assert (times == 1).all()
-        return out
-
-    def _fill(self, part: slice) -> None:
-        self.snapshot[part] = self.live[part]
+        return reduced_in_place(self.reducer, self.live, self.snapshot, weights, pause_s)
 
 
 def on_hosts(hosts: list[int], program: object) -> list[Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies
-from ranks_as_threads import on_ranks
+from ranks_as_threads import on_ranks, reduced_in_place
 from recording import Apart, Recorded
 from torch import Tensor
 
@@ -29,18 +29,7 @@ class Rank:
         self.reducer = HostMean(memory)
 
     def mean(self, weights: Sequence[float], pause_s: float = 0.0) -> Tensor:
-        """Take a round; the snapshot is filled slice by slice, and spoilt as soon as its slice is reduced."""
-        out, times = torch.full_like(self.live, float("nan")), torch.zeros(self.live.numel())
-        for part, values in self.reducer.reduce(self.snapshot, weights, self._fill):
-            time.sleep(pause_s)
-            out[part] = values
-            times[part] += 1
-            self.snapshot[part] = float("nan")
-        assert (times == 1).all()
-        return out
-
-    def _fill(self, part: slice) -> None:
-        self.snapshot[part] = self.live[part]
+        return reduced_in_place(self.reducer, self.live, self.snapshot, weights, pause_s)
 
 
 def vectors(size: int, numel: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
