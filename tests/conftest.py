@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -9,6 +10,10 @@ import pytest
 
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("steady")
+
+
+# Processes that share a pipe would write their lines into one another's: an unbuffered print is several writes.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
