@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hvd_shadowsync.checks import check_count, check_interval
 
 DEFAULT_CPU_BUDGET = 0.02
+HEAD_START_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Pacing:
             in any case: without one there is nothing to synchronise).
         sync_interval_ms: milliseconds from the start of a round to the start of the next; None for no such condition.
         cpu_budget: share of one core that rounds may take, in (0, 1]: CPU time of the communicator thread and of the
-            training thread's part. None for no such condition; by default 0.02 where neither of the others is set.
+            training thread's part. None for no such condition; by default 0.02 where neither of the others is set. What
+            it allows for the first ten seconds may be spent at once (`head_start_s`).
     """
 
     sync_every: int | None = None
@@ -41,13 +43,21 @@ class Pacing:
         """Training steps that a round waits for."""
         return self.sync_every or 1
 
+    @property
+    def head_start_s(self) -> float:
+        """CPU seconds that the first rounds may spend without a pause.
+
+        Weights move most, and apart most, in the first steps, and how to send is found out in the first rounds.
+        """
+        return HEAD_START_S * (self.cpu_budget or 0.0)
+
     def wait_s(self, *, steps: int, elapsed_s: float, spent_s: float) -> float:
         """Return how many seconds are left until a round may start: 0 for now, inf if it waits for steps.
 
         Args:
             steps: training steps since the last round's snapshot.
             elapsed_s: seconds since the last round's start.
-            spent_s: CPU seconds spent on rounds since then.
+            spent_s: CPU seconds spent on rounds since then, beyond the head start.
         """
         if steps < self.steps:
             return math.inf

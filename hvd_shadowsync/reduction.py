@@ -133,7 +133,8 @@ class Reduction:
         if isinstance(algorithm, ElasticAveraging):
             if self._center_comms is None:
                 return ElasticInTurn(comm, poller, algorithm.elastic, anchor)
-            return ElasticCenter(*self._center_comms, poller, algorithm.elastic, anchor)
+            pauses = Transfer.between(comm.size).poller(poller)
+            return ElasticCenter(*self._center_comms, pauses, algorithm.elastic, anchor)
         if self._memory is None:
             return self._network_mean(comm)
         if self._hosts is None:

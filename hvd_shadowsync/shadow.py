@@ -8,6 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,8 @@ from hvd_shadowsync.rounds import Rounds, Staged
 logger = logging.getLogger(__name__)
 
 SERVING_PAUSES = Poller(eager=1, shortest_s=0.0005, longest_s=0.004, growth=1.2)
+LONGEST_PAUSE_S = 0.02
+SHARE_OF_A_ROUND = 0.2
 REPORT_WAIT_S = 30.0
 
 
@@ -124,12 +127,13 @@ class ShadowThread(Driver):
         self._staged: Staged | None = None
         self._intent = Intent.TRAIN
         self._paused = False
-        self._quiet_polls = 0
+        self._quiet_polls, self._pauses = 0, SERVING_PAUSES
         self._alone = False
         self._wake_at_step = math.inf
         self._steps_at_round = metrics.steps
         self._round_began = time.monotonic()
         self._spent_mark = 0.0
+        self._ahead_s = pacing.head_start_s
         self._meetings = self._consolidations = 0
         self._stopped = False
         self._failure: BaseException | None = None
@@ -247,6 +251,7 @@ class ShadowThread(Driver):
         self.metrics.cpu_s = time.thread_time()
         if isinstance(result, Staged):
             self._steps_at_round = result.steps
+            self._pauses = serving_pauses(time.monotonic() - self._round_began)
             self._hand_over(result)
             return result.verdict
         if result is Verdict.MEET:
@@ -265,7 +270,8 @@ class ShadowThread(Driver):
 
         What the waiting itself costs is not waited for: each look at the clock would put the round off by many looks.
         """
-        spent_s = max(self._spent_s() - self._spent_mark, self.rounds.most_spent_s)
+        most_s = max(self._spent_s() - self._spent_mark, self.rounds.most_spent_s)
+        spent_s, self._ahead_s = max(0.0, most_s - self._ahead_s), max(0.0, self._ahead_s - most_s)
         while True:
             self._wake.clear()
             self._wake_at_step = self._steps_at_round + self.pacing.steps
@@ -307,7 +313,13 @@ class ShadowThread(Driver):
             self._wake.wait(None if math.isinf(longest_s) else longest_s)
             return
         self._quiet_polls = 0 if self.rounds.serve() else self._quiet_polls + 1
-        self._wake.wait(min(longest_s, SERVING_PAUSES.pause_s(self._quiet_polls)))
+        self._wake.wait(min(longest_s, self._pauses.pause_s(self._quiet_polls)))
+
+
+def serving_pauses(round_s: float) -> Poller:
+    """Return how to look for other ranks' requests, where a round takes `round_s`: it may wait for a part of that."""
+    longest_s = min(max(SERVING_PAUSES.longest_s, SHARE_OF_A_ROUND * round_s), LONGEST_PAUSE_S)
+    return replace(SERVING_PAUSES, longest_s=longest_s)
 
 
 def merge_staged(staged: Staged, metrics: RoundMetrics, *, hogwild: bool = False) -> None:

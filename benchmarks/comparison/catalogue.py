@@ -21,6 +21,7 @@ class Contender:
         every: that k; 0: there is none.
         every_s: instead of k: so many seconds of training, as steps of about the workload's length.
         least_s: of training that have to be measured for it to synchronise.
+        on_request: whether it runs only where it is named.
         launcher: "mpi" is shadowrun; "plain" starts a process on each host with what torch.distributed reads.
         peers: whether it runs in the peers' environment (`launch/peers`), not in the project's.
         tables: on "dlrm-criteo": whether it has sharded tables ("yes"), or is for nothing else ("only"), or why it
@@ -33,6 +34,7 @@ class Contender:
     every: int = 0
     every_s: float = 0.0
     least_s: float = 0.0
+    on_request: bool = False
     launcher: Literal["mpi", "plain"] = "plain"
     peers: bool = False
     tables: str = NO_TABLES
@@ -54,7 +56,11 @@ def ours() -> list[Contender]:
         for name in names
         for every in (5, 30)
     ]
-    return background + twins
+    budgets = [
+        Contender(f"S-MA cpu_budget={budget}", variant=f"ma {budget}", on_request=True, **shared)
+        for budget in (0.05, 0.1, 0.2)
+    ]
+    return background + twins + budgets
 
 
 DDP_TABLES = "replicates what it is given; with sharded tables its documented form is torchrec's, see there"
@@ -71,16 +77,22 @@ CATALOGUE = [
     Contender("hivemind", "with_hivemind", "local", every_s=6.0, least_s=15.0, peers=True),
     Contender("torchrec", "with_torchrec", peers=True, tables="only"),
     *ours(),
+    *(Contender(f"sockets k={every}", "with_sockets", every=every, on_request=True) for every in (8, 16, 40)),
 ]
 
 
 def matching(patterns: Sequence[str]) -> list[Contender]:
-    """Return the contenders that one of the patterns names, in the catalogue's order; all of them without patterns.
+    """Return the contenders that one of the patterns names, in the catalogue's order.
+
+    Without patterns it is all but those on request.
 
     Raises:
         ValueError: a pattern names none.
     """
-    found = [each for each in CATALOGUE if not patterns or any(_fits(each, pattern) for pattern in patterns)]
+    found = [
+        each for each in CATALOGUE
+        if (not patterns and not each.on_request) or any(_fits(each, pattern) for pattern in patterns)
+    ]  # fmt: skip
     for pattern in patterns:
         if not any(_fits(each, pattern) for each in CATALOGUE):
             known = ", ".join(repr(each.name) for each in CATALOGUE)

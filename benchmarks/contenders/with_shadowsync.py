@@ -1,4 +1,5 @@
-"""This project: in the background with its default pacing (cpu_budget=0.02), or in the foreground every k steps."""
+"""This project: in the background with its default pacing (cpu_budget=0.02) or another budget, or in the foreground
+every k steps."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ ALGORITHMS = {"ma": ModelAveraging, "easgd": ElasticAveraging, "bmuf": BMUF}
 
 
 def make(asked: Asked) -> Contender:
-    """Return the handle's optimizer; everything but the algorithm and the foreground's period is a default."""
-    optimizer, algorithm = asked.task.optimizer(), ALGORITHMS[asked.variant]()
-    pace = {"foreground": True, "sync_every": asked.every} if asked.every else {}
+    """Return the handle's optimizer; everything but the algorithm and its pace is a default."""
+    name, *budget = asked.variant.split()
+    optimizer, algorithm = asked.task.optimizer(), ALGORITHMS[name]()
+    pace = {"cpu_budget": float(budget[0])} if budget else {}
+    pace |= {"foreground": True, "sync_every": asked.every} if asked.every else {}
     handle = ShadowSync(optimizer, algorithm=algorithm, model=asked.task.model, **pace)
     return Contender(
         asked.task.model,

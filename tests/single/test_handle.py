@@ -42,6 +42,7 @@ from hvd_shadowsync import (
     ShadowSyncError,
     checkpoint,
 )
+from hvd_shadowsync import pacing
 from hvd_shadowsync import rounds as rounds_module
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm import mpi
@@ -1264,6 +1265,27 @@ def test_waiting_for_a_round_costs_a_few_looks(
 
     on_ranks(2, program)
     assert len(looks) < 20
+
+
+def test_the_first_rounds_do_not_wait_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them spends what this budget allows in many minutes; once the head start is used up, none follows."""
+    monkeypatch.setattr(pacing, "HEAD_START_S", 1e4)
+    budget = 1e-6
+    left: list[float] = []
+    wait_s = Pacing.wait_s
+    monkeypatch.setattr(Pacing, "wait_s", lambda self, **now: left.append(now["spent_s"]) or wait_s(self, **now))
+
+    def program(comm: Communicator) -> int:
+        slopes = Slopes(comm.rank)
+        with ShadowSync(slopes.optimizer, communicator=comm, cpu_budget=budget) as sync:
+            begun = time.monotonic()
+            while not any(left) and time.monotonic() - begun < 60:
+                slopes.step()
+                time.sleep(0.0005)
+            return sync.metrics()["rounds"]
+
+    assert min(on_ranks(2, program)) > 1
+    assert any(left)
 
 
 def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,13 @@ def test_the_budget_is_spent_over_elapsed() -> None:
     assert wait(Pacing(cpu_budget=1.0), spent_s=0.02, elapsed_s=0.02) == 0
 
 
+@pytest.mark.parametrize(
+    ("pacing", "head_start_s"), [(Pacing(), 0.2), (Pacing(cpu_budget=1.0), 10.0), (Pacing(sync_every=3), 0.0)]
+)
+def test_the_first_rounds_may_spend_what_ten_seconds_allow(pacing: Pacing, head_start_s: float) -> None:
+    assert pacing.head_start_s == pytest.approx(head_start_s)
+
+
 @hypothesis.given(
     steps=strategies.integers(1, 50),
     interval=positive,

@@ -14,6 +14,7 @@ from hvd_shadowsync import BMUF, ElasticAveraging, ModelAveraging, ShadowSync
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.transfer import Transfer
 
 ALGORITHMS: list[Algorithm] = [
     ModelAveraging(),
@@ -85,6 +86,35 @@ def test_symmetric_elastic_averaging_keeps_the_sum_of_replicas_and_center(comm: 
         expected = slopes.moved(24 * slopes.all_slopes / with_center)
         for weights in sync.gather(slopes.weights.detach()):
             torch.testing.assert_close(weights, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks_of_a_host", [1, 2, 3])
+def test_rounds_go_on_while_chunks_change(
+    comm: Communicator, ranks_of_a_host: int, wire_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for how to send tries all its settings, between ranks and between hosts; nothing gets lost in it."""
+    if ranks_of_a_host >= comm.size:
+        pytest.skip("no messages inside a host")
+    share = mpi.MpiCommunicator.share
+    monkeypatch.setattr(mpi.MpiCommunicator, "hosts", lambda self: [r - r % ranks_of_a_host for r in range(self.size)])
+    monkeypatch.setattr(mpi.MpiCommunicator, "share", lambda self, n: share(self, n) if self.size < comm.size else None)
+    monkeypatch.setattr(Transfer, "between", lambda size: Transfer(chunk_bytes=8192, in_flight=4, pause_s=0.0004))
+    slopes = Slopes(comm.rank, comm.size, numel=20_000)
+    tried: set[int] = set()
+    with ShadowSync(slopes.optimizer, sync_every=1, wire_dtype=wire_dtype) as sync:
+        for _ in range(40):
+            slopes.step()
+        while (metrics := sync.metrics())["searching"]:
+            slopes.step(moving=False)
+            tried.add(int(metrics["chunk_bytes"]))
+        assert tried >= {2048, 8192, 32768}
+        settle(comm, sync, slopes)
+        assert len(set(sync.gather(sync.metrics()["chunk_bytes"]))) == 1
+        expected = slopes.moved(40 * slopes.all_slopes / slopes.size)
+        atol = 0.2 if wire_dtype else 0.01  # of 12.5 at most that the steps moved it
+        for weights in sync.gather(slopes.weights.detach()):
+            torch.testing.assert_close(weights, expected, rtol=0, atol=atol)
 
 
 def settle(comm: Communicator, sync: ShadowSync, slopes: Slopes, rounds: int = 30) -> None:
