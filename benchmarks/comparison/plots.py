@@ -21,15 +21,15 @@ from .table import ORDER
 
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart, and a grey; by the beginning of the name
     "none": "#000000", "horovod": "#E69F00", "ddp": "#D55E00", "post-local": "#CC79A7", "torchft": "#009E73",
-    "hivemind": "#7F7F7F", "torchrec": "#56B4E9",
+    "hivemind": "#7F7F7F", "torchrec": "#56B4E9", "sockets": "#7F7F7F",
     "S-MA": "#0072B2", "S-EASGD": "#009E73", "S-BMUF": "#CC79A7",
     "FR-MA": "#0072B2", "FR-EASGD": "#009E73", "FR-BMUF": "#CC79A7",
 }  # fmt: skip
-LINES = ("-", "--")
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "d", "<", ">", "p", "h", "*")
+LINES = ("-", "--", ":", "-.")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "d", "<", ">", "p", "h", "*", "1")
 PANELS = {
     "peers": ("none", "horovod", "ddp", "post-local", "torchft", "hivemind", "torchrec"),
-    "this project, in the background": ("S-",),
+    "this project, in the background": ("S-", "sockets"),
     "this project, in the foreground": ("FR-",),
 }
 """Curves side by side, a few in each, by the beginnings of names; the references are in all of them."""

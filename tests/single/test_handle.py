@@ -41,8 +41,8 @@ from hvd_shadowsync import (
     ShadowSync,
     ShadowSyncError,
     checkpoint,
+    pacing,
 )
-from hvd_shadowsync import pacing
 from hvd_shadowsync import rounds as rounds_module
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm import mpi
