@@ -23,8 +23,11 @@ from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
+from hvd_shadowsync.comm.transfer import Transfer
 from hvd_shadowsync.reducers import ElasticCenter
-from hvd_shadowsync.reducers.elastic import EAGER_BYTES
+from hvd_shadowsync.reducers.elastic import REQUEST_BYTES
+
+POLLER = Transfer().poller(Poller())  # as rounds wait
 
 
 def main() -> None:
@@ -43,7 +46,7 @@ def main() -> None:
 
 def both(comm: Communicator, numel: int, arguments: argparse.Namespace) -> dict[str, float]:
     """All ranks exchange the whole vector at once: each link carries the remote shards' bytes up and down, twice."""
-    center = ElasticCenter(comm.dup(), comm.dup(), Poller(), ElasticAveraging().elastic, torch.zeros(numel))
+    center = ElasticCenter(comm.dup(), comm.dup(), POLLER, ElasticAveraging().elastic, torch.zeros(numel))
     snapshot = torch.ones(numel)
     times = []
     for _ in range(arguments.repeats):
@@ -60,7 +63,7 @@ def both(comm: Communicator, numel: int, arguments: argparse.Namespace) -> dict[
 
 def one(comm: Communicator, numel: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Rank 0 exchanges the whole vector with rank 1, whose training thread computes meanwhile."""
-    chunk = EAGER_BYTES // 4
+    chunk = REQUEST_BYTES // 4
     rule, center = ElasticAveraging().elastic, torch.zeros(numel)
 
     def answer(source: int, tag: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,7 @@ def one(comm: Communicator, numel: int, arguments: argparse.Namespace) -> dict[s
         center[part] = moved
         return reply
 
-    service = Service(comm.dup(), comm.dup(), answer, torch.empty(chunk), Poller())
+    service = Service(comm.dup(), comm.dup(), answer, torch.empty(chunk), POLLER)
     snapshot = torch.ones(numel)
     starts = range(0, numel, chunk)
     times = []

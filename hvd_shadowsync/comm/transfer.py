@@ -103,7 +103,7 @@ class Search:
                 yield replace(self.best, chunk_bytes=chunk_bytes)
             for in_flight in (start.in_flight // 2, start.in_flight * 2):
                 yield replace(self.best, in_flight=in_flight)
-            for pause_s in (start.pause_s / 4, start.pause_s * 2, start.pause_s * 4):
+            for pause_s in (start.pause_s / 4, start.pause_s * 3, start.pause_s * 10):
                 yield replace(self.best, pause_s=pause_s)
             yield start
 

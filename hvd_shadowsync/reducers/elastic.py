@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,12 +12,14 @@ from torch import Tensor
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
+from hvd_shadowsync.comm.tuning import EAGER_BYTES
 from hvd_shadowsync.reducers.base import CHUNK_BYTES, Fill, Reducer, Shards, Slices, as_it_is, pack
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(center, replica) -> (center after the exchange, answer to the replica)."""
 
-EAGER_BYTES = 48 << 10
+REQUEST_BYTES = EAGER_BYTES // 2
+SHARE_OF_AN_EXCHANGE, LONGEST_PAUSE_S = 0.01, 0.01
 LARGEST_TAG = 32_767  # the smallest upper bound of tags that the MPI standard allows
 
 
@@ -27,11 +31,11 @@ class ElasticCenter(Reducer):
 
     Args:
         comm, replies: used by this reducer alone.
-        poller: how to wait.
+        poller: how to wait; its pauses grow to a hundredth of what an exchange takes, and 10 ms at most.
         rule: the exchange of a slice of the center with a replica's, `ElasticAveraging.elastic`.
         anchor: flat vector that the center starts from, the same on every rank.
-        chunk_bytes: size of a request; default 48 KiB, below what MPI libraries send over TCP without a rendezvous
-            (64 KiB): only then do the way up and the way down overlap.
+        chunk_bytes: size of a request; default 256 KiB, which MPI sends over TCP without asking first, as it is set up
+            here: only then do the way up and the way down overlap.
     """
 
     def __init__(
@@ -42,10 +46,10 @@ class ElasticCenter(Reducer):
         rule: Rule,
         anchor: Tensor,
         *,
-        chunk_bytes: int = EAGER_BYTES,
+        chunk_bytes: int = REQUEST_BYTES,
     ) -> None:
         self._rank = comm.rank
-        self._rule = rule
+        self._rule, self._poller = rule, poller
         self._shards = Shards(anchor.numel(), comm.size)
         self.center = anchor[self._shards.of(self._rank)].clone()
         chunk = max(1, chunk_bytes // anchor.element_size(), -(-anchor.numel() // (LARGEST_TAG - comm.size)))
@@ -75,9 +79,11 @@ class ElasticCenter(Reducer):
         theirs = [
             (owner, tag, snapshot[piece]) for tag, (owner, piece) in enumerate(self._pieces) if owner != self._rank
         ]
+        begun = time.monotonic()
         for tag, reply in self._service.call(self._dealt(theirs)):
             self.bytes_sent += reply.nbytes
             yield self._pieces[tag][1], reply
+        self._service.poller = pauses_for(self._poller, time.monotonic() - begun)
         for tag, (owner, piece) in enumerate(self._pieces):
             if owner == self._rank:
                 yield piece, self._exchange(tag, snapshot[piece])
@@ -109,6 +115,12 @@ class ElasticCenter(Reducer):
         answer = answer.clone() if answer is center else answer
         center.copy_(moved)
         return answer
+
+
+def pauses_for(poller: Poller, exchange_s: float) -> Poller:
+    """Return `poller` with pauses that suit an exchange of `exchange_s`."""
+    longest_s = min(SHARE_OF_AN_EXCHANGE * exchange_s, LONGEST_PAUSE_S)
+    return replace(poller, longest_s=max(poller.longest_s, longest_s))
 
 
 class ElasticInTurn(Reducer):

@@ -49,6 +49,7 @@ from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
 from hvd_shadowsync.pacing import Pacing
+from hvd_shadowsync.shadow import serving_pauses
 
 ALGORITHMS: list[Algorithm] = [
     ModelAveraging(),
@@ -1286,6 +1287,11 @@ def test_the_first_rounds_do_not_wait_for_the_budget(monkeypatch: pytest.MonkeyP
 
     assert min(on_ranks(2, program)) > 1
     assert any(left)
+
+
+@pytest.mark.parametrize(("round_s", "longest_s"), [(0.001, 0.004), (0.05, 0.01), (5.0, 0.02)])
+def test_looks_for_requests_are_as_rare_as_rounds_are_long(round_s: float, longest_s: float) -> None:
+    assert serving_pauses(round_s).pause_s(10**6) == pytest.approx(longest_s)
 
 
 def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hvd_shadowsync.algorithms import ElasticAveraging
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.tuning import MPI_DEFAULTS
 from hvd_shadowsync.reducers import ElasticCenter, ElasticInTurn, elastic
 from hvd_shadowsync.reducers.base import Shards
 
@@ -208,7 +209,12 @@ def test_tags_stay_below_what_mpi_allows_everywhere(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_request_stays_below_the_rendezvous_limit() -> None:
-    assert elastic.EAGER_BYTES < 64 << 10
+    assert int(MPI_DEFAULTS["OMPI_MCA_btl_tcp_eager_limit"]) > elastic.REQUEST_BYTES
+
+
+@pytest.mark.parametrize(("exchange_s", "longest_s"), [(0.05, 0.001), (0.5, 0.005), (60.0, 0.01)])
+def test_pauses_grow_with_the_time_that_an_exchange_takes(exchange_s: float, longest_s: float) -> None:
+    assert elastic.pauses_for(Poller(longest_s=0.001), exchange_s).longest_s == pytest.approx(longest_s)
 
 
 @pytest.mark.parametrize(("size", "numel"), [(1, 9), (2, 33), (3, 32)])
