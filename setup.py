@@ -26,12 +26,13 @@ EXAMPLES = [
     "tabulate>=0.9",
 ]
 
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
-FLAGS += ["-fassociative-math"]
+FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
+LOOSE = ["-fopenmp", "-fno-signed-zeros", "-fassociative-math"]
+STRICT = ["-ffp-contract=off"]
 VARIANTS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
-KERNELS = "hvd_shadowsync/embedding/kernels"
+KERNELS, REDUCERS = "hvd_shadowsync/embedding/kernels", "hvd_shadowsync/reducers"
 
 setup(
     name="hvd_shadowsync",
@@ -48,8 +49,18 @@ setup(
         Extension(
             f"hvd_shadowsync.embedding.kernels._kernels_{variant}",
             [f"{KERNELS}/kernels.cpp"],
-            extra_compile_args=FLAGS + flags,
+            extra_compile_args=FLAGS + LOOSE + flags,
             extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+        for variant, flags in VARIANTS.items()
+    ]
+    + [
+        Extension(
+            f"hvd_shadowsync.reducers._halves_{variant}",
+            [f"{REDUCERS}/halves.cpp"],
+            extra_compile_args=FLAGS + STRICT + flags,
             language="c++",
             optional=True,
         )

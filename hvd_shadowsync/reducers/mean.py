@@ -14,6 +14,7 @@ from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.transfer import Transfer
 from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is, chunks
+from hvd_shadowsync.reducers.halves import add_widened, mean_of_rows, narrow_distance
 
 
 class Spare:
@@ -165,7 +166,7 @@ class OwnerMean(ChunkedMean):
         back.clear()
         for part in chunks(snapshot, self._chunk_bytes):
             if len(out) + len(back) >= self._in_flight and back:
-                yield from self._land(back, snapshot.dtype)
+                yield from self._land(back)
             if len(out) >= max(1, self._in_flight // 2):
                 back.append(self._sum(out, weights, snapshot.dtype))
             fill(part)
@@ -174,7 +175,7 @@ class OwnerMean(ChunkedMean):
             if out:
                 back.append(self._sum(out, weights, snapshot.dtype))
             if len(back) >= self._in_flight or not out:
-                yield from self._land(back, snapshot.dtype)
+                yield from self._land(back)
 
     def _post(self, part: slice, snapshot: Tensor) -> tuple[slice, Tensor, Tensor, Request]:
         rows = self._rows(part, snapshot)
@@ -191,11 +192,7 @@ class OwnerMean(ChunkedMean):
         if self._wire_dtype is None:
             rows[:numel].copy_(snapshot[part])
             return rows
-        largest = torch.finfo(self._wire_dtype).max
-        distance = self._spare.take(numel, snapshot.dtype)
-        torch.sub(snapshot[part], self._known(snapshot)[part], out=distance).clamp_(-largest, largest)
-        rows[:numel].copy_(distance)
-        self._spare.give(distance)
+        narrow_distance(snapshot[part], self._known(snapshot)[part], rows[:numel])
         return rows
 
     def _sum(
@@ -205,26 +202,11 @@ class OwnerMean(ChunkedMean):
         self._poller.wait([request])
         self._spare.give(rows)
         length = incoming.numel() // self._comm.size
-        mean = self._spare.take(length, dtype)
-        self._average(incoming.view(self._comm.size, length), weights, mean)
-        if incoming.dtype != dtype:
-            wide, mean = mean, self._spare.take(length, incoming.dtype).copy_(mean)
-            self._spare.give(wide)
+        mean = self._spare.take(length, incoming.dtype)
+        mean_of_rows(incoming.view(self._comm.size, length), weights, mean, dtype)
         return part, mean, incoming, self._comm.iallgather(mean, incoming)
 
-    def _average(self, rows: Tensor, weights: Sequence[float], out: Tensor) -> None:
-        """Write the weighted mean of `rows` to `out`, in rank order and in its precision."""
-        wide = self._spare.take(out.numel(), out.dtype)
-        (first, weight), *others = [pair for pair in zip(rows, weights, strict=True) if pair[1]]
-        out.copy_(first)
-        if weight != 1:
-            out.mul_(weight)
-        for row, weight in others:
-            out.add_(row if row.dtype == out.dtype else wide.copy_(row), alpha=weight)
-        out.div_(sum(weights))
-        self._spare.give(wide)
-
-    def _land(self, back: deque[tuple[slice, Tensor, Tensor, Request]], dtype: torch.dtype) -> Slices:
+    def _land(self, back: deque[tuple[slice, Tensor, Tensor, Request]]) -> Slices:
         part, mean, gathered, request = back.popleft()
         self._poller.wait([request])
         self._spare.give(mean)
@@ -232,9 +214,9 @@ class OwnerMean(ChunkedMean):
         if self._reference is None:
             yield part, values
         else:
-            wide = self._spare.take(values.numel(), dtype)
-            yield part, self._reference[part].add_(wide.copy_(values))
-            self._spare.give(wide)
+            known = self._reference[part]
+            add_widened(known, values)
+            yield part, known
         self._spare.give(gathered)
 
     def _known(self, snapshot: Tensor) -> Tensor:

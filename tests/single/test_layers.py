@@ -30,7 +30,7 @@ def part(module: str) -> str:
 
 
 LAYERS = [
-    ["errors", "checks"],
+    ["errors", "checks", "libraries"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned"],
     ["algorithms"],

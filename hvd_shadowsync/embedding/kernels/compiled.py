@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hvd_shadowsync import libraries
 from hvd_shadowsync.embedding.kernels.base import Bags, Division, Kernel, Part, Pooling, Scattering, Update
 from hvd_shadowsync.embedding.optimizers import SGD, Adagrad, Adam, RowWiseAdagrad, SparseOptimizer
 
-LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 RULES = {SGD: 0, RowWiseAdagrad: 1, Adagrad: 2, Adam: 3}
 NO_MEMORY = -2
 ONE = struct.unpack("q", struct.pack("d", 1.0))[0]
 _P, _I = ctypes.c_void_p, ctypes.c_int64
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, libraries.Signature] = {
     "shadow_pool": (_I, [_P, _I, _I, _I]),
     "shadow_scatter": (_I, [_P, _I, _I, _I]),
     "shadow_update": (_I, [_P, _I, _P, _P, _I, _I]),
@@ -32,21 +32,7 @@ _FUNCTIONS = {
 
 def load() -> ctypes.CDLL | None:
     """Return the library for this machine's instruction set, or None where it was not built."""
-    folder = Path(__file__).parent
-    for variant in LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",)):
-        for file in sorted(folder.glob(f"_kernels_{variant}.*so")):
-            try:
-                return _typed(ctypes.CDLL(str(file)))
-            except OSError:
-                continue
-    return None
-
-
-def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+    return libraries.load(Path(__file__).parent, "_kernels", _FUNCTIONS)
 
 
 class CompiledKernel(Kernel):
