@@ -56,11 +56,11 @@ def ours() -> list[Contender]:
         for name in names
         for every in (5, 30)
     ]
-    budgets = [
-        Contender(f"S-MA cpu_budget={budget}", variant=f"ma {budget}", on_request=True, **shared)
-        for budget in (0.05, 0.1, 0.2)
+    others = [
+        Contender(f"S-MA {options}", variant=f"ma {options}", on_request=True, **shared)
+        for options in ("cpu_budget=0.05", "cpu_budget=0.1", "wire_dtype=float16", "cpu_budget=0.1 wire_dtype=float16")
     ]
-    return background + twins + budgets
+    return background + twins + others
 
 
 DDP_TABLES = "replicates what it is given; with sharded tables its documented form is torchrec's, see there"

@@ -1,8 +1,16 @@
-"""This project: in the background with its default pacing (cpu_budget=0.02) or another budget, or in the foreground
-every k steps."""
+"""This project: in the background with its defaults (cpu_budget=0.02, whole precision) or others, or in the foreground
+every k steps.
+
+A variant is the algorithm's name, and what is to differ from the defaults: "ma cpu_budget=0.1 wire_dtype=float16".
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from contender import Asked, Contender
 from tables import sharded as tables
 
@@ -10,15 +18,16 @@ from hvd_shadowsync import BMUF, ElasticAveraging, ModelAveraging, ShadowSync
 
 __all__ = ["make", "tables"]
 ALGORITHMS = {"ma": ModelAveraging, "easgd": ElasticAveraging, "bmuf": BMUF}
+READ: dict[str, Callable[[str], Any]] = {"cpu_budget": float, "wire_dtype": partial(getattr, torch)}
 
 
 def make(asked: Asked) -> Contender:
-    """Return the handle's optimizer; everything but the algorithm and its pace is a default."""
-    name, *budget = asked.variant.split()
+    """Return the handle's optimizer; everything but the algorithm and what the variant names is a default."""
+    name, *options = asked.variant.split()
     optimizer, algorithm = asked.task.optimizer(), ALGORITHMS[name]()
-    pace = {"cpu_budget": float(budget[0])} if budget else {}
-    pace |= {"foreground": True, "sync_every": asked.every} if asked.every else {}
-    handle = ShadowSync(optimizer, algorithm=algorithm, model=asked.task.model, **pace)
+    given: dict[str, Any] = {"foreground": True, "sync_every": asked.every} if asked.every else {}
+    given |= {key: READ[key](value) for key, value in (option.split("=") for option in options)}
+    handle = ShadowSync(optimizer, algorithm=algorithm, model=asked.task.model, **given)
     return Contender(
         asked.task.model,
         optimizer,
