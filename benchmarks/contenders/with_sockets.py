@@ -30,17 +30,15 @@ class Ring:
         self._out, self._in = memoryview(bytearray(num_bytes)), memoryview(bytearray(num_bytes))
         self._following, self._previous = neighbours(place)
         self._due = threading.Semaphore(0)
-        self._begun = 0.0
         self._in_flight_s = 0.0
         self.asked = self.rounds = 0
         for work in (self._send, self._receive):
             threading.Thread(target=work, daemon=True).start()
 
     def begin(self) -> None:
-        """Send a replica's bytes, unless the last ones have not come."""
-        if self.asked == self.rounds:
+        """Send a replica's bytes, unless the previous rank's of the last time have not come."""
+        if self.asked <= self.rounds:
             self.asked += 1
-            self._begun = time.monotonic()
             self._due.release()
 
     def metrics(self) -> dict[str, float]:
@@ -60,13 +58,14 @@ class Ring:
 
     def _receive(self) -> None:
         while True:
-            received = 0
+            received, begun = 0, 0.0
             while received < len(self._in):
                 count = self._previous.recv_into(self._in[received:])
                 if not count:
                     return
+                begun = begun if received else time.monotonic()
                 received += count
-            self._in_flight_s += time.monotonic() - self._begun
+            self._in_flight_s += time.monotonic() - begun
             self.rounds += 1
 
 
