@@ -15,6 +15,7 @@ LEAST_SHARE_BYTES = 64 * KIB
 ROUNDS_OF_A_TRIAL = 3
 WARM_UP_ROUNDS = 2
 WORTH_IT = 0.95
+HOPELESS = 1.25
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Search:
     """Tries one setting after the other, each in a few rounds, and keeps the one whose rounds could follow fastest.
 
     First the size of the chunks, then how many are under way, then the pauses, and at last what it began with once
-    more: the first rounds of a job are slow by themselves. What is better by less than a twentieth is not. All ranks
-    observe the same costs, so they choose the same without a word about it.
+    more: the first rounds of a job are slow by themselves. What is better by less than a twentieth is not; what is
+    worse by a quarter in two rounds gets no third. All ranks observe the same costs, so they choose the same without a
+    word about it.
 
     Args:
         start: what to begin with.
@@ -79,7 +81,8 @@ class Search:
             self._to_skip -= 1
             return
         self._costs.append(cost_us)
-        if len(self._costs) == ROUNDS_OF_A_TRIAL:
+        hopeless = self._least is not None and min(self._costs) > HOPELESS * self._least
+        if len(self._costs) == ROUNDS_OF_A_TRIAL or (hopeless and len(self._costs) > 1):
             self._conclude(statistics.median(self._costs))
             self._costs = []
 

@@ -68,6 +68,12 @@ def test_a_little_better_is_not_better() -> None:
     assert searched(lambda transfer: 1000 if transfer == START else 960)[-1] == START
 
 
+def test_what_is_much_worse_gets_no_third_round() -> None:
+    used = searched(lambda transfer: 1000 if transfer == START else 1300)
+    assert len(used) - 1 == WARM_UP_ROUNDS + 2 * ROUNDS_OF_A_TRIAL + 7 * 2
+    assert used[-1] == START
+
+
 def test_one_slow_round_of_three_decides_nothing() -> None:
     rounds = iter(range(100))
     assert searched(lambda transfer: 9000 if next(rounds) % 3 == 0 else 500 if transfer.in_flight == 8 else 1000)[
