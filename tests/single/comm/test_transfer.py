@@ -70,7 +70,7 @@ def test_a_little_better_is_not_better() -> None:
 
 def test_what_is_much_worse_gets_no_third_round() -> None:
     used = searched(lambda transfer: 1000 if transfer == START else 1300)
-    assert len(used) - 1 == WARM_UP_ROUNDS + 2 * ROUNDS_OF_A_TRIAL + 7 * 2
+    assert len(used) - 1 == WARM_UP_ROUNDS + ROUNDS_OF_A_TRIAL + 7 * 2
     assert used[-1] == START
 
 
