@@ -68,12 +68,19 @@ setup(
     ]
     + [
         Extension(
+            "hvd_shadowsync.comm._waiting_default",
+            ["hvd_shadowsync/comm/waiting.cpp"],
+            extra_compile_args=["-O2", "-std=c++17"],
+            language="c++",
+            optional=True,
+        ),
+        Extension(
             "hvd_shadowsync.emulated._delay",
             ["hvd_shadowsync/emulated/delay.cpp"],
             extra_compile_args=["-O2", "-std=c++17"],
             language="c++",
             optional=True,
-        )
+        ),
     ],
     install_requires=["torch>=2.4", "numpy", "mpi4py>=3.1.5", "safetensors>=0.4"],
     extras_require={

@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 class Request(Protocol):
-    """A non-blocking operation under way."""
+    """A non-blocking operation under way.
+
+    It may also have `wait(poller) -> bool`, which returns True once it is complete, or False, at once, where it cannot
+    wait by itself.
+    """
 
     def test(self) -> bool:
         """Progress the operation and tell whether it is complete; its buffers belong to it until then."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm import memory
+from hvd_shadowsync.comm import memory, waiting
 from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
+from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import TransportError
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,14 @@ class _MpiRequest:
 
     def test(self) -> bool:
         return bool(self._request.Test())
+
+    def wait(self, poller: Poller) -> bool:
+        mpi = load_mpi()
+        test = waiting.mpi_test(mpi) if waiting.load() is not None else None
+        if test is None:
+            return False
+        waiting.wait(test, mpi._addressof(self._request), poller, mpi.Exception)
+        return True
 
 
 class _MpiMessage:

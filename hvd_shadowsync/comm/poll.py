@@ -46,8 +46,13 @@ class Poller:
     growth: float = 1.3
 
     def wait(self, requests: Iterable[Request], meanwhile: Callable[[], bool] | None = None) -> None:
-        """Return when all requests are complete; `meanwhile` runs between polls and returns whether it did work."""
+        """Return when all requests are complete; `meanwhile` runs between polls and returns whether it did work.
+
+        Without `meanwhile`, requests that can wait by themselves do: without Python's lock.
+        """
         pending = list(requests)
+        if meanwhile is None:
+            pending = [request for request in pending if not self._waits(request)]
         patient = time.perf_counter() + self.spin_s
         polls = 0
         while pending := self._incomplete(pending):
@@ -66,6 +71,11 @@ class Poller:
         """Return how long to sleep after `polls` polls in a row that found nothing, seconds."""
         exponent = min(polls - self.eager, LARGEST_EXPONENT)
         return 0.0 if exponent < 0 else min(self.longest_s, self.shortest_s * self.growth**exponent)
+
+    def _waits(self, request: Request) -> bool:
+        """Let the request wait by itself; False: it cannot."""
+        wait = getattr(request, "wait", None)
+        return wait is not None and wait(self)
 
     @staticmethod
     def _incomplete(requests: list[Request]) -> list[Request]:
