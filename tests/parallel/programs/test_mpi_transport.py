@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import mpi, waiting
 from hvd_shadowsync.comm.base import Communicator, Message, Request
 from hvd_shadowsync.comm.poll import Poller
 
@@ -214,3 +214,14 @@ def test_parts_by_color_keep_the_order_of_ranks(comm: Communicator) -> None:
     if first is not None:
         assert first.size == 1
         first.free()
+
+
+def test_requests_wait_without_pythons_lock(comm: Communicator) -> None:
+    if waiting.load() is None:
+        pytest.skip("the library was not built")
+    for numel in (1, 300_000):
+        values = torch.full((numel,), float(comm.rank))
+        request = comm.iallreduce(values)
+        assert request.wait(Poller())
+        assert request.test()
+        assert values.eq(comm.size * (comm.size - 1) / 2).all()
