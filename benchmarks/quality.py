@@ -1,15 +1,14 @@
 """How good the trained model is: AUC and normalised entropy of every algorithm, 1 to 8 trainers, equal examples.
 
     python benchmarks/quality.py --list                  # what would run, and for how long
-    python benchmarks/quality.py                         # all of it: one to two hours on 2 cores
+    python benchmarks/quality.py                         # all of it: an hour on 2 cores
     python benchmarks/quality.py --resume                # go on with what is missing in benchmarks/raw/quality.json
     python benchmarks/quality.py --report-only           # tables and plots of what is there
     python benchmarks/quality.py --quick                 # a look in two minutes, into runs/quality
 
-The flights of examples/flights.py, the model and training of examples/ctr.py. Horovod, replicas that meet at the end
-only, and ours (by S-MA) have their learning rate chosen for each number of trainers, from one grid, on a validation
-split: nine months train, October tests. The figures are of the last two months, over 5 seeds. Every run is a job of
-real ranks under mpirun (one start trains several configurations), and is kept as soon as it is done.
+The flights of examples/flights.py, the model, training and learning rate of examples/ctr.py; Horovod and the algorithms
+of the goal at half and twice that rate as well. The figures are of the last two months, over 5 seeds. Every run is a
+job of real ranks under mpirun (one start trains several configurations), and is kept as soon as it is done.
 """
 
 from __future__ import annotations
@@ -40,14 +39,12 @@ from quality_plan import (
     Choice,
     Result,
     Run,
-    best_rates,
     jobs,
     stages,
-    tuning,
 )
 
 HERE = Path(__file__).resolve().parent
-QUICK = Choice(trainers=(2,), seeds=2, algorithms=GOAL, sweep=False, learning_rates=(0.02,), equal_rates=())
+QUICK = Choice(trainers=(2,), seeds=2, algorithms=GOAL, sweep=False, other_rates=())
 QUICK_EXAMPLES = 40_960
 RUN_S, START_S = 3.0, {1: 8.0, 2: 10.0, 4: 15.0, 8: 30.0}  # guesses of --list where nothing was measured yet
 
@@ -87,17 +84,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"default all: {', '.join([*GOAL, *REST])}",
     )
     add("--sweep", action=argparse.BooleanOptionalAction, help="sync gaps from 1 to 1000 steps; default yes")
-    add("--learning-rates", type=float, nargs="+", metavar="LR", help="the grid; a single one is taken as it is")
-    add("--tuning-seeds", type=int, metavar="N", help="seeds of the choice of learning rates; default 2")
-    add(
-        "--equal-rates",
-        type=float,
-        nargs="*",
-        metavar="LR",
-        help="compare at these as well; default 0.01 0.02 0.04 0.08",
-    )
+    add("--learning-rate", type=float, metavar="LR", help="default 0.02, the examples'")
+    add("--other-rates", type=float, nargs="*", metavar="LR", help="compared at these as well; default 0.01 0.04")
     add("--examples", type=int, metavar="N", help="train on the first N rows only; default all")
-    add("--quick", action="store_true", help="2 trainers, 2 seeds, 40,960 rows, learning rate 0.02, no sweep")
+    add("--quick", action="store_true", help="2 trainers, 2 seeds, 40,960 rows, one learning rate, no sweep")
     add("--list", action="store_true", help="say what would run and how long it may take, and end")
     add("--resume", action="store_true", help="keep the results that are there and run what is missing")
     add("--report-only", action="store_true", help="run nothing")
@@ -106,14 +96,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plots", type=Path, metavar="FOLDER", help="default benchmarks/plots")
     args = parser.parse_args(argv)
     chunk = BATCH_SIZE * MOST_TRAINERS
-    for name, least in (("seeds", 1), ("tuning_seeds", 1), ("max_runs", 1), ("examples", chunk)):
+    for name, least in (("seeds", 1), ("max_runs", 1), ("examples", chunk)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    for name in ("learning_rates", "equal_rates"):
-        for rate in getattr(args, name) or []:
-            if not 0 < rate < float("inf"):
-                parser.error(f"--{name.replace('_', '-')} {rate}: expected finite values above 0")
+    for name, rates in (("learning-rate", [args.learning_rate]), ("other-rates", args.other_rates or [])):
+        for rate in rates:
+            if rate is not None and not 0 < rate < float("inf"):
+                parser.error(f"--{name} {rate}: expected finite values above 0")
     for name, value in asdict(QUICK if args.quick else Choice()).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -175,12 +165,9 @@ def machine() -> str:
 
 
 def measure(choice: Choice, results: Results, max_runs: int | None) -> None:
-    """Run what is missing, stage by stage; learning rates have to be chosen before the rest can run."""
+    """Run what is missing, stage by stage."""
     left = sys.maxsize if max_runs is None else max_runs
-    left -= perform(results, results.missing(tuning(choice))[:left])
-    if results.missing(tuning(choice)):
-        return
-    for runs in stages(choice, best_rates(choice, results.found)).values():
+    for runs in stages(choice).values():
         left -= perform(results, results.missing(runs)[:left])
 
 
@@ -217,17 +204,16 @@ def described(result: Result) -> str:
     every = f", every {run.sync_every} steps" if run.sync_every else ""
     return (
         f"{run.method}, {run.trainers} trainer(s), seed {run.seed}, lr {run.learning_rate:g}{every}"
-        f"{', validation' * run.validate}: {auc} in {result['seconds']:.1f} s"
+        f": {auc} in {result['seconds']:.1f} s"
     )
 
 
 def listing(choice: Choice, results: Results) -> str:
     """Return a table of the stages: runs, those that are missing, and a guess of the minutes that they need."""
     seconds = {n: [each["seconds"] for each in results.found if each["run"]["trainers"] == n] for n in START_S}
-    planned = {"tuning": tuning(choice), **stages(choice, best_rates(choice, results.found))}
     lines = ["| stage | trainers | algorithms | runs | missing | minutes, about |", "|---|---|---|---|---|---|"]
     total_s = 0.0
-    for stage, runs in planned.items():
+    for stage, runs in stages(choice).items():
         for trainers in sorted({run.trainers for run in runs}):
             these = [run for run in runs if run.trainers == trainers]
             missing = results.missing(these)

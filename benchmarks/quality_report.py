@@ -1,4 +1,4 @@
-"""Markdown tables of the benchmark of quality: chosen learning rates, the goal, all algorithms, the sweep."""
+"""Markdown tables of the benchmark of quality: the goal, other learning rates, all algorithms, the sweep."""
 
 from __future__ import annotations
 
@@ -18,15 +18,12 @@ from quality_plan import (
     Choice,
     Result,
     Run,
-    best_rates,
-    tuned_by,
-    validated,
 )
 
 ALLOWANCE = 0.001  # of AUC below Horovod's
 GOAL_COLUMNS = ["trainers", "algorithm", "seeds", "AUC", "- one process", "- Horovod", "by mean", "by interval"]
 ALL_COLUMNS = [
-    "trainers", "algorithm", "learning rate", "seeds", "AUC", "normalised entropy", "sync gap, steps", "- Horovod",
+    "trainers", "algorithm", "seeds", "AUC", "normalised entropy", "sync gap, steps", "- Horovod",
 ]  # fmt: skip
 SWEEP_COLUMNS = [
     "trainers", "algorithm", "sync_every", "sync gap, steps", "seeds", "AUC", "normalised entropy", "- Horovod",
@@ -37,16 +34,14 @@ NOTE = (
 )
 Seeds = Mapping[int, Result]
 Groups = dict[tuple[str, int, int | None], dict[int, Result]]
-"""Results with the chosen learning rates by method, trainers and what the sweep asked for, then by seed."""
+"""Results at the choice's learning rate by method, trainers and what the sweep asked for, then by seed."""
 
 
 def grouped(choice: Choice, found: Sequence[Result]) -> Groups:
-    rates = best_rates(choice, found)
     groups: Groups = {}
     for result in found:
         run = Run(**result["run"])
-        chosen = rates.get((tuned_by(run.method), run.trainers))
-        if not run.validate and run.learning_rate == chosen and run.seed <= choice.seeds:
+        if run.learning_rate == choice.learning_rate and run.seed <= choice.seeds:
             groups.setdefault((run.method, run.trainers, run.sync_every), {})[run.seed] = result
     return groups
 
@@ -66,14 +61,13 @@ def report(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) ->
     groups = grouped(choice, found)
     return "\n".join(
         [
-            introduction(found, about),
-            rates_table(choice, found),
+            introduction(choice, found, about),
             "### The goal\n",
             f"AUC minus Horovod's, not below -{ALLOWANCE}: by the mean over seeds, and by the whole interval.\n",
             table(GOAL_COLUMNS, goal(groups)),
-            "### The goal at equal learning rates\n",
-            "Whatever was chosen: the same learning rate for all. AUC, and differences to Horovod's.\n",
-            table(["trainers", "learning rate", HOROVOD, *(f"{each} - {HOROVOD}" for each in GOAL)], equal(found)),
+            "### The goal at other learning rates\n",
+            "AUC of one process and of Horovod, and differences to Horovod's.\n",
+            table(["trainers", "learning rate", HOROVOD, *(f"{each} - {HOROVOD}" for each in GOAL)], by_rate(found)),
             "### All algorithms\n",
             NOTE,
             table(ALL_COLUMNS, everything(groups)),
@@ -83,32 +77,15 @@ def report(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) ->
     )
 
 
-def introduction(found: Sequence[Result], about: Mapping[str, Any]) -> str:
-    tests = [each for each in found if not each["run"]["validate"]]
-    passes = ", ".join(f"{steps} with {n}" for n, steps in sorted({(e["run"]["trainers"], e["steps"]) for e in tests}))
+def introduction(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) -> str:
+    passes = ", ".join(f"{steps} with {n}" for n, steps in sorted({(e["run"]["trainers"], e["steps"]) for e in found}))
     return (
-        f"{about['machine']}. Batch {about['settings']['batch_size']} a trainer, Adagrad, one pass over "
-        f"{max((each['examples'] for each in tests), default=0)} examples in all runs; steps of a trainer: {passes}. "
+        f"{about['machine']}. Batch {about['settings']['batch_size']} a trainer, Adagrad, learning rate "
+        f"{choice.learning_rate:g} where no other is said, one pass over "
+        f"{max((each['examples'] for each in found), default=0)} examples in all runs; steps of a trainer: {passes}. "
         "Intervals are of 95 %, by Student's t over seeds; those of differences are paired by seed, which is the seed "
         "of the initial weights (the order of the data is the same).\n"
     )
-
-
-def rates_table(choice: Choice, found: Sequence[Result]) -> str:
-    """Return the AUC on the validation split by learning rate, the chosen one in bold."""
-    rates = choice.learning_rates
-    if len(rates) == 1:
-        return f"Learning rate {rates[0]:g} everywhere; none was chosen.\n"
-    best, rows, at_edge = best_rates(choice, found), [], []
-    for (method, trainers), by_rate in sorted(validated(found).items(), key=lambda item: _order(*item[0])):
-        name, chosen = f"ours ({method})" if method == GOAL[0] else method, best.get((method, trainers))
-        means = [f"{statistics.fmean(by_rate[rate]):.4f}" if rate in by_rate else "" for rate in rates]
-        bold = [f"**{mean}**" if rate == chosen else mean for rate, mean in zip(rates, means, strict=True)]
-        rows.append([str(trainers), name, *bold])
-        at_edge += [f"{name} with {trainers}"] if chosen in (min(rates), max(rates)) else []
-    head = "### Learning rates\n\nMean AUC on October after nine months of training; the bold one is taken.\n\n"
-    edges = f"\nAt the edge of the grid: {', '.join(at_edge)}.\n" if at_edge else ""
-    return head + table(["trainers", "tuned", *(f"{rate:g}" for rate in rates)], rows) + edges
 
 
 def goal(groups: Groups) -> Iterable[list[str]]:
@@ -125,25 +102,24 @@ def goal(groups: Groups) -> Iterable[list[str]]:
             yield [*row, difference(to_horovod), by_mean, f"**{verdict(to_horovod, ALLOWANCE)}**"]
 
 
-def equal(found: Sequence[Result]) -> Iterable[list[str]]:
-    """Return a row for each number of trainers and each learning rate at which Horovod ran on the test months."""
+def by_rate(found: Sequence[Result]) -> Iterable[list[str]]:
+    """Return a row for each number of trainers and each learning rate."""
     aucs: dict[tuple[int, float], dict[str, dict[int, Result]]] = {}
     for result in found:
         run = Run(**result["run"])
-        if run.method in (HOROVOD, *GOAL) and not run.validate and run.sync_every is None:
+        if run.method in (ONE, HOROVOD, *GOAL) and run.sync_every is None:
             aucs.setdefault((run.trainers, run.learning_rate), {}).setdefault(run.method, {})[run.seed] = result
     for (trainers, rate), methods in sorted(aucs.items()):
-        if HOROVOD in methods and len(methods) > 1:
-            horovod = values(methods[HOROVOD])
-            ours = [difference(paired_interval(values(methods.get(method, {})), horovod)) for method in GOAL]
-            yield [str(trainers), f"{rate:g}", spread(horovod), *ours]
+        reference = values(methods.get(ONE if trainers == 1 else HOROVOD, {}))
+        if reference:
+            ours = [difference(paired_interval(values(methods.get(method, {})), reference)) for method in GOAL]
+            yield [str(trainers), f"{rate:g}", spread(reference), *ours]
 
 
 def everything(groups: Groups) -> Iterable[list[str]]:
     for method, trainers, seeds in _ordered(groups, list(METHODS)):
-        rate = next(iter(seeds.values()))["run"]["learning_rate"]
         yield [
-            str(trainers), method, f"{rate:g}", str(len(seeds)), spread(values(seeds)),
+            str(trainers), method, str(len(seeds)), spread(values(seeds)),
             spread(values(seeds, "normalised_entropy")), "" if method in (ONE, AT_THE_END) else gap(seeds),
             "" if method == HOROVOD else to_horovod(groups, trainers, seeds),
         ]  # fmt: skip

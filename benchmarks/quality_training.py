@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from dataclasses import asdict
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,17 +40,12 @@ def main() -> None:
         import horovod.torch as hvd
 
         hvd.init()
+    data = flights.load()
     for run in runs:
-        data = load(run.validate)
         MPI.COMM_WORLD.Barrier()
         result = train(run, data, limit, MPI.COMM_WORLD)
         if MPI.COMM_WORLD.rank == 0:
             print(json.dumps({"run": asdict(run), **result}), flush=True)
-
-
-@cache
-def load(validate: bool) -> flights.Flights:
-    return flights.load(validate=validate)
 
 
 def train(run: Run, data: flights.Flights, limit: int | None, world: Any) -> dict[str, Any]:

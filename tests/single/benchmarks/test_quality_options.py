@@ -30,8 +30,8 @@ def run(folder: Path, *options: str) -> None:
         (["--seeds", "0"], "--seeds 0: expected at least 1"),
         (["--examples", "100"], "--examples 100: expected at least 2048"),
         (["--max-runs", "0"], "--max-runs 0: expected at least 1"),
-        (["--learning-rates", "0.1", "-1"], "--learning-rates -1.0: expected finite values above 0"),
-        (["--learning-rates", "nan"], "--learning-rates nan: expected finite values above 0"),
+        (["--other-rates", "0.1", "-1"], "--other-rates -1.0: expected finite values above 0"),
+        (["--learning-rate", "nan"], "--learning-rate nan: expected finite values above 0"),
         (["--trainers", "3"], "invalid choice: 3"),
         (["--algorithms", "S-X"], "invalid choice: 'S-X'"),
     ],
@@ -68,10 +68,10 @@ def test_files_that_do_not_fit_are_refused(
 
 
 def test_the_list_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, "--list", "--sweep", "--learning-rates", "0.1", "0.2")
+    run(tmp_path, "--list", "--sweep", "--other-rates", "0.1", "0.2")
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert ["sweep", "2", "S-MA, S-EASGD", "28", "28"] in [row[:5] for row in rows]
-    assert ["tuning", "2", "Horovod, S-MA", "8", "8"] in [row[:5] for row in rows]
+    assert ["other rates", "2", "Horovod, S-MA, S-EASGD, S-BMUF", "16", "16"] in [row[:5] for row in rows]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,7 +83,7 @@ def test_a_report_of_all_figures(tmp_path: Path, capsys: pytest.CaptureFixture[s
         for seed in (1, 2):
             made["runs"].append({
                 "run": {"method": method, "trainers": trainers, "seed": seed, "learning_rate": 0.02,
-                        "sync_every": every, "validate": False},
+                        "sync_every": every},
                 "auc": 0.68 + seed / 1000, "normalised_entropy": 0.95, "steps": 160 // trainers, "examples": 40_960,
                 "sync_gap_steps": None if every == 1000 else 30.0, "seconds": 1.0,
             })  # fmt: skip
