@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ PEERS_MISSING = "not installed; install it with launch/peers"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the run under way ends as well
     options = parser().parse_args(arguments)
     try:
         cases = chosen(options.workloads, options.networks, options.hosts)
