@@ -153,6 +153,8 @@ def _way_of(name: str) -> tuple[str, Change] | None:
         return "fixed", lambda setting: replace(setting, fixed_every=int(match[1]))
     if match := re.fullmatch(r"(?:S-MA|S-BMUF) k=(\d+)", name):
         return "shadow", lambda setting: replace(setting, pacing=Pacing(sync_every=int(match[1])))
+    if match := re.fullmatch(r"(?:S-MA|S-BMUF) cpu_budget=([\d.]+)", name):
+        return "shadow", lambda setting: replace(setting, pacing=Pacing(cpu_budget=float(match[1])))
     return ("shadow", lambda setting: setting) if name in ("S-MA", "S-BMUF") else None
 
 

@@ -63,6 +63,13 @@ def test_shadow_rounds_have_a_gap_and_a_time() -> None:
     assert found["in_flight_ms"].ratio == pytest.approx(1.5)
 
 
+def test_a_budget_in_the_name_is_that_of_the_run() -> None:
+    asked = replace(ASKED, costs=replace(FREE, round_cpu_s_per_gb=10.0))
+    results = compare([NONE, *(run(f"S-MA cpu_budget={share}", sync_gap_steps=1.0) for share in (0.05, 0.1))], asked)
+    gaps = [each.predicted for each in results if isinstance(each, Compared) and each.figure == "sync_gap_steps"]
+    assert gaps[0] == pytest.approx(2 * gaps[1])
+
+
 def test_only_the_run_without_synchronisation_tells_the_step() -> None:
     slower = {**NONE, "step_ms": 100.0}
     assert compared(slower, run("S-MA"))["examples/s"].predicted == pytest.approx(400.0)
