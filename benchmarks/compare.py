@@ -40,7 +40,6 @@ PEERS_MISSING = "not installed; install it with launch/peers"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the run under way ends as well
     options = parser().parse_args(arguments)
     try:
         cases = chosen(options.workloads, options.networks, options.hosts)
@@ -115,7 +114,11 @@ def estimate_s(case: Case, contender: Contender, options: argparse.Namespace) ->
     """Return about how long a run takes: its start, its warm-up, and a period of steps if that is longer."""
     crowd = max(1.0, case.hosts / len(os.sched_getaffinity(0)))
     period_s = contender.every * case.workload.step_s * crowd * (2 if case.workload.slow else 1)
-    return START_S * crowd + max(options.warmup, period_s) + max(options.seconds, contender.least_s, period_s)
+    return (
+        START_S * crowd
+        + max(options.warmup, contender.warm_s, period_s)
+        + max(options.seconds, contender.least_s, period_s)
+    )
 
 
 def why_not(case: Case, contender: Contender, options: argparse.Namespace) -> str:
@@ -192,5 +195,12 @@ def write_report(records: list[Record], options: argparse.Namespace) -> None:
         print(path, file=sys.stderr)
 
 
+def end(*_: object) -> None:
+    """End as after an exception, so that the run under way ends as well."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end)
     sys.exit(main())

@@ -129,6 +129,8 @@ class Results:
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             self.found, about = kept["runs"], kept["about"]
+            for result in self.found:
+                Run(**result["run"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path} holds no results of this benchmark ({error!r}); remove it") from error
         if about["settings"] != settings:

@@ -65,9 +65,11 @@ def report(choice: Choice, found: Sequence[Result], about: Mapping[str, Any]) ->
             "### The goal\n",
             f"AUC minus Horovod's, not below -{ALLOWANCE}: by the mean over seeds, and by the whole interval.\n",
             table(GOAL_COLUMNS, goal(groups)),
-            "### The goal at other learning rates\n",
-            "AUC of one process and of Horovod, and differences to Horovod's.\n",
-            table(["trainers", "learning rate", HOROVOD, *(f"{each} - {HOROVOD}" for each in GOAL)], by_rate(found)),
+            "### The same by learning rate\n",
+            table(
+                ["trainers", "learning rate", f"{HOROVOD} (1: {ONE})", *(f"{each} - {HOROVOD}" for each in GOAL)],
+                by_rate(choice, found),
+            ),
             "### All algorithms\n",
             NOTE,
             table(ALL_COLUMNS, everything(groups)),
@@ -102,12 +104,12 @@ def goal(groups: Groups) -> Iterable[list[str]]:
             yield [*row, difference(to_horovod), by_mean, f"**{verdict(to_horovod, ALLOWANCE)}**"]
 
 
-def by_rate(found: Sequence[Result]) -> Iterable[list[str]]:
+def by_rate(choice: Choice, found: Sequence[Result]) -> Iterable[list[str]]:
     """Return a row for each number of trainers and each learning rate."""
     aucs: dict[tuple[int, float], dict[str, dict[int, Result]]] = {}
     for result in found:
         run = Run(**result["run"])
-        if run.method in (ONE, HOROVOD, *GOAL) and run.sync_every is None:
+        if run.method in (ONE, HOROVOD, *GOAL) and run.sync_every is None and run.seed <= choice.seeds:
             aucs.setdefault((run.trainers, run.learning_rate), {}).setdefault(run.method, {})[run.seed] = result
     for (trainers, rate), methods in sorted(aucs.items()):
         reference = values(methods.get(ONE if trainers == 1 else HOROVOD, {}))

@@ -27,10 +27,10 @@ def load(folder: Path, name: str, functions: Mapping[str, Signature]) -> ctypes.
         for file in sorted(folder.glob(f"{name}_{variant}.*so")):
             try:
                 library = ctypes.CDLL(str(file))
-            except OSError:
+                typed = {name: getattr(library, name) for name in functions}
+            except (OSError, AttributeError):  # of another machine, or built from older sources
                 continue
             for function, (result, arguments) in functions.items():
-                typed = getattr(library, function)
-                typed.restype, typed.argtypes = result, arguments
+                typed[function].restype, typed[function].argtypes = result, arguments
             return library
     return None

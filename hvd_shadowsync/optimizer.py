@@ -63,8 +63,8 @@ class ShadowSync:
         named_parameters: names instead of `model`, as `model.named_parameters()` gives them.
         sync_every: a round every so many steps; None (default) leaves it to the others.
         sync_interval_ms: a round every so many milliseconds; with `sync_every` both have to have passed.
-        cpu_budget: share of one core that synchronisation may take, in (0, 1]; rounds are as frequent as that allows,
-            and the first ones may spend at once what it allows for ten seconds.
+        cpu_budget: share of one core that synchronisation may take, in (0, 1]; rounds are as frequent as that allows.
+            The first ones have ten seconds' worth more, and follow one another without a pause until it is spent.
             Default 0.02 where neither of the two above is given.
         warmup_steps: so many first steps average gradients in the training thread, as Horovod does; default 0.
         merge: "delta" (default): the replica moves by alpha (anchor - snapshot) and keeps the steps that it made

@@ -20,8 +20,8 @@ class Pacing:
             in any case: without one there is nothing to synchronise).
         sync_interval_ms: milliseconds from the start of a round to the start of the next; None for no such condition.
         cpu_budget: share of one core that rounds may take, in (0, 1]: CPU time of the communicator thread and of the
-            training thread's part. None for no such condition; by default 0.02 where neither of the others is set. What
-            it allows for the first ten seconds may be spent at once (`head_start_s`).
+            training thread's part. None for no such condition; by default 0.02 where neither of the others is set. The
+            first rounds have ten seconds' worth more (`head_start_s`).
     """
 
     sync_every: int | None = None
@@ -45,7 +45,7 @@ class Pacing:
 
     @property
     def head_start_s(self) -> float:
-        """CPU seconds that the first rounds may spend without a pause.
+        """CPU seconds that the first rounds may spend without a pause, beyond the budget.
 
         Weights move most, and apart most, in the first steps, and how to send is found out in the first rounds.
         """

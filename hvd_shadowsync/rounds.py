@@ -103,7 +103,7 @@ class Rounds:
         self._mismatch_since: float | None = None
         self.lock = threading.Lock()
         self.most_spent_s = 0.0
-        """CPU seconds of the rank that had spent most by the last vote."""
+        """CPU seconds of the rank that had spent most by this round's vote; 0 without a vote."""
         self.begin(replica)
 
     # --- what the rounds start from ---------------------------------------------------------------------------------
@@ -162,6 +162,7 @@ class Rounds:
                 raise ShadowSyncError(_conflict(count.intents))
         else:
             verdict, weights = Verdict.ROUND, (1.0,) * self._comm.size
+            self.most_spent_s = 0.0
         with self.lock:
             if verdict is Verdict.ROUND:
                 return self._round(weights)

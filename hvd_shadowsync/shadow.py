@@ -22,8 +22,7 @@ from hvd_shadowsync.rounds import Rounds, Staged
 logger = logging.getLogger(__name__)
 
 SERVING_PAUSES = Poller(eager=1, shortest_s=0.0005, longest_s=0.004, growth=1.2)
-LONGEST_PAUSE_S = 0.02
-SHARE_OF_A_ROUND = 0.2
+SHARE_OF_A_ROUND, LONGEST_SERVING_PAUSE_S = 0.2, 0.02
 REPORT_WAIT_S = 30.0
 
 
@@ -128,6 +127,7 @@ class ShadowThread(Driver):
         self._intent = Intent.TRAIN
         self._paused = False
         self._quiet_polls, self._pauses = 0, SERVING_PAUSES
+        self._shortest_round_s = math.inf
         self._alone = False
         self._wake_at_step = math.inf
         self._steps_at_round = metrics.steps
@@ -251,7 +251,9 @@ class ShadowThread(Driver):
         self.metrics.cpu_s = time.thread_time()
         if isinstance(result, Staged):
             self._steps_at_round = result.steps
-            self._pauses = serving_pauses(time.monotonic() - self._round_began)
+            if result.verdict is Verdict.ROUND:  # others may have waited for the rest, and so did this rank
+                self._shortest_round_s = min(self._shortest_round_s, time.monotonic() - self._round_began)
+                self._pauses = serving_pauses(self._shortest_round_s)
             self._hand_over(result)
             return result.verdict
         if result is Verdict.MEET:
@@ -317,8 +319,11 @@ class ShadowThread(Driver):
 
 
 def serving_pauses(round_s: float) -> Poller:
-    """Return how to look for other ranks' requests, where a round takes `round_s`: it may wait for a part of that."""
-    longest_s = min(max(SERVING_PAUSES.longest_s, SHARE_OF_A_ROUND * round_s), LONGEST_PAUSE_S)
+    """Return how to look for other ranks' requests, which may wait for a part of `round_s`.
+
+    That is the shortest round so far: a longer one may be so because its requests waited.
+    """
+    longest_s = min(max(SERVING_PAUSES.longest_s, SHARE_OF_A_ROUND * round_s), LONGEST_SERVING_PAUSE_S)
     return replace(SERVING_PAUSES, longest_s=longest_s)
 
 

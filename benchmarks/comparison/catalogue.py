@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
+HEAD_START_S = 5.0
 NO_TABLES = "knows no embedding tables that are divided over ranks"
 
 
@@ -21,6 +22,7 @@ class Contender:
         every: that k; 0: there is none.
         every_s: instead of k: so many seconds of training, as steps of about the workload's length.
         least_s: of training that have to be measured for it to synchronise.
+        warm_s: of training before that, at least.
         on_request: whether it runs only where it is named.
         launcher: "mpi" is shadowrun; "plain" starts a process on each host with what torch.distributed reads.
         peers: whether it runs in the peers' environment (`launch/peers`), not in the project's.
@@ -34,6 +36,7 @@ class Contender:
     every: int = 0
     every_s: float = 0.0
     least_s: float = 0.0
+    warm_s: float = 0.0
     on_request: bool = False
     launcher: Literal["mpi", "plain"] = "plain"
     peers: bool = False
@@ -47,17 +50,21 @@ class Contender:
 
 
 def ours() -> list[Contender]:
-    """Return the background algorithms, and each one's foreground twin with k = 5 and 30."""
+    """Return the background algorithms, and each one's foreground twin with k = 5 and 30.
+
+    What those in the background do at first, a head start of their budget and the search for how to send, is over
+    before anything is measured.
+    """
     shared = {"module": "with_shadowsync", "launcher": "mpi", "tables": "yes"}
     names = ("ma", "easgd", "bmuf")
-    background = [Contender(f"S-{name.upper()}", variant=name, **shared) for name in names]
+    background = [Contender(f"S-{name.upper()}", variant=name, warm_s=HEAD_START_S, **shared) for name in names]
     twins = [
         Contender(f"FR-{name.upper()} k={every}", variant=name, every=every, **shared)
         for name in names
         for every in (5, 30)
     ]
     others = [
-        Contender(f"S-MA {options}", variant=f"ma {options}", on_request=True, **shared)
+        Contender(f"S-MA {options}", variant=f"ma {options}", warm_s=HEAD_START_S, on_request=True, **shared)
         for options in ("cpu_budget=0.05", "cpu_budget=0.1", "wire_dtype=float16", "cpu_budget=0.1 wire_dtype=float16")
     ]
     return background + twins + others
@@ -84,7 +91,7 @@ CATALOGUE = [
 def matching(patterns: Sequence[str]) -> list[Contender]:
     """Return the contenders that one of the patterns names, in the catalogue's order.
 
-    Without patterns it is all but those on request.
+    Without patterns it is all but those on request, which have to be named in full.
 
     Raises:
         ValueError: a pattern names none.
@@ -101,4 +108,5 @@ def matching(patterns: Sequence[str]) -> list[Contender]:
 
 
 def _fits(contender: Contender, pattern: str) -> bool:
-    return fnmatch(contender.name.lower(), pattern.lower())
+    name, pattern = contender.name.lower(), pattern.lower()
+    return name == pattern or (not contender.on_request and fnmatch(name, pattern))

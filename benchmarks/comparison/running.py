@@ -41,7 +41,7 @@ class Settings:
 
     Attributes:
         seconds: of training that are measured; those in lockstep take whole periods, one at least.
-        warmup_s: of training before that.
+        warmup_s: of training before that, more where a contender needs more.
         timeout_s: of a run, from its start.
         flights: the flights as tensors.
         peers: Python of the peers' environment.
@@ -62,7 +62,7 @@ def command(case: Case, contender: Contender, settings: Settings, folder: Path) 
     train += [f"--module={contender.module}", f"--variant={contender.variant}", f"--every={every}"]
     train += [f"--workload={case.workload.base}", f"--batch={case.workload.batch}", f"--folder={folder}"]
     train += [f"--flights={settings.flights}", f"--seconds={max(settings.seconds, contender.least_s)}"]
-    train += [f"--warmup={settings.warmup_s}"]
+    train += [f"--warmup={max(settings.warmup_s, contender.warm_s)}"]
     train += [f"--slow={case.hosts - 1 if case.workload.slow else -1}", f"--timeout={settings.timeout_s}"]
     links = links_of(case.network)
     if contender.launcher == "mpi":

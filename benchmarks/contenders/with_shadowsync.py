@@ -1,7 +1,7 @@
-"""This project: in the background with its defaults (cpu_budget=0.02, whole precision) or others, or in the foreground
-every k steps.
+"""This project: in the background, or in the foreground every k steps.
 
-A variant is the algorithm's name, and what is to differ from the defaults: "ma cpu_budget=0.1 wire_dtype=float16".
+A variant is the algorithm's name, and what is to differ from the defaults (cpu_budget=0.02, no wire_dtype): "ma
+cpu_budget=0.1 wire_dtype=float16".
 """
 
 from __future__ import annotations

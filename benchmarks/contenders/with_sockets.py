@@ -2,7 +2,7 @@
 plain sockets, without MPI, sums or weights that change.
 
 Each rank sends as many bytes to the next as a ring allreduce does, 2 (P - 1) / P of the replica, and receives as many.
-The cores that train carry the packets of emulated hosts, so no library can do more for the limit than this leaves.
+Where the cores that train carry the packets of emulated hosts as well, this is what the packets take of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONNECT_S = 30.0
 
 
 class Ring:
-    """Sends in one thread and receives in another, whenever `begin` says so and nothing is under way.
+    """Sends in one thread and receives in another, whenever `begin` says so and all of the last time has come.
 
     Args:
         place: this rank.
@@ -60,7 +60,10 @@ class Ring:
         while True:
             received, begun = 0, 0.0
             while received < len(self._in):
-                count = self._previous.recv_into(self._in[received:])
+                try:
+                    count = self._previous.recv_into(self._in[received:])
+                except OSError:
+                    return
                 if not count:
                     return
                 begun = begun if received else time.monotonic()
@@ -93,6 +96,8 @@ def connected(address: tuple[str, int]) -> socket.socket:
 
 def make(asked: Asked) -> Contender:
     """Return the model and its own optimizer, which begins to send every `asked.every` steps."""
+    if asked.place.size == 1:
+        raise ValueError("sockets join ranks; give at least 2 hosts")
     optimizer = asked.task.optimizer()
     replica_bytes = sum(each.nbytes for each in asked.task.model.parameters())
     ring = Ring(asked.place, 2 * (asked.place.size - 1) * replica_bytes // asked.place.size)

@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 class Request(Protocol):
-    """A non-blocking operation under way.
-
-    It may also have `wait(poller) -> bool`, which returns True once it is complete, or False, at once, where it cannot
-    wait by itself.
-    """
+    """A non-blocking operation under way."""
 
     def test(self) -> bool:
         """Progress the operation and tell whether it is complete; its buffers belong to it until then."""

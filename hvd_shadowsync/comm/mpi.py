@@ -1,4 +1,4 @@
-"""The MPI transport: one communicator of our own, non-blocking calls only, all of them through mpi4py."""
+"""The MPI transport: one communicator of our own, non-blocking calls only, through mpi4py (but for `waiting`)."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from hvd_shadowsync.comm.base import Request
 
@@ -20,6 +21,14 @@ def sleep_on_time() -> None:
     """Let short sleeps of the calling thread end on time: Linux adds up to 50 us to each by default."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, SLACK_NS, 0, 0, 0)
+
+
+@runtime_checkable
+class WaitingRequest(Request, Protocol):
+    """A request that can wait by itself."""
+
+    def wait(self, poller: Poller) -> bool:
+        """Return True once the operation is complete, or False, at once, where it cannot wait by itself here."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Poller:
         """
         pending = list(requests)
         if meanwhile is None:
-            pending = [request for request in pending if not self._waits(request)]
+            pending = [each for each in pending if not (isinstance(each, WaitingRequest) and each.wait(self))]
         patient = time.perf_counter() + self.spin_s
         polls = 0
         while pending := self._incomplete(pending):
@@ -71,11 +80,6 @@ class Poller:
         """Return how long to sleep after `polls` polls in a row that found nothing, seconds."""
         exponent = min(polls - self.eager, LARGEST_EXPONENT)
         return 0.0 if exponent < 0 else min(self.longest_s, self.shortest_s * self.growth**exponent)
-
-    def _waits(self, request: Request) -> bool:
-        """Let the request wait by itself; False: it cannot."""
-        wait = getattr(request, "wait", None)
-        return wait is not None and wait(self)
 
     @staticmethod
     def _incomplete(requests: list[Request]) -> list[Request]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.tuning import EAGER_BYTES
@@ -50,10 +52,10 @@ class Transfer:
 class Search:
     """Tries one setting after the other, each in a few rounds, and keeps the one whose rounds could follow fastest.
 
-    First the size of the chunks, then how many are under way, then the pauses, and at last what it began with once
-    more: the first rounds of a job are slow by themselves. What is better by less than a twentieth is not; what is
-    worse by a quarter in two rounds gets no third. All ranks observe the same costs, so they choose the same without a
-    word about it.
+    First the size of the chunks, then how many are under way, then the pauses. What is better by less than a twentieth
+    is not; what is worse by a quarter in two rounds gets no third. At last what it began with and the best are tried
+    once more, side by side: the first rounds of a job are slow by themselves, and the best may have been lucky. All
+    ranks observe the same costs, so they choose the same without a word about it.
 
     Args:
         start: what to begin with.
@@ -61,56 +63,60 @@ class Search:
     """
 
     def __init__(self, start: Transfer, num_bytes: int) -> None:
-        self._start = self.best = self.transfer = start
+        self._start = self.best = start
         self._num_bytes = num_bytes
         self._costs: list[int] = []
-        self._least: float | None = None
+        self._cost = self._least = math.inf
         self._to_skip = WARM_UP_ROUNDS
-        self._candidates = self._alternatives()
+        self._trials: Iterator[Transfer] | None = self._try_all()
+        self.transfer = next(self._trials)
 
     @property
     def is_over(self) -> bool:
         """Whether `transfer` is the choice."""
-        return self._candidates is None
+        return self._trials is None
 
     def observe(self, cost_us: int) -> None:
         """Take note of what the last round with `transfer` cost: the time until the next could begin, microseconds."""
-        if self._candidates is None:
+        if self._trials is None:
             return
         if self._to_skip:
             self._to_skip -= 1
             return
         self._costs.append(cost_us)
-        hopeless = self._least is not None and min(self._costs) > HOPELESS * self._least
+        hopeless = min(self._costs) > HOPELESS * self._least
         if len(self._costs) == ROUNDS_OF_A_TRIAL or (hopeless and len(self._costs) > 1):
-            self._conclude(statistics.median(self._costs))
-            self._costs = []
+            self._cost, self._costs = statistics.median(self._costs), []
+            following = next(self._trials, None)
+            if following is None:
+                self._trials = None
+            self.transfer = following or self.best
 
-    def _conclude(self, cost: float) -> None:
-        assert self._candidates is not None
-        if self._least is None:
-            self._least = cost
-        elif self.transfer is self._start:
-            self.best = self._start if WORTH_IT * cost < self._least else self.best
-        elif cost < WORTH_IT * self._least:
-            self.best, self._least = self.transfer, cost
-        following = next(self._candidates, None)
-        if following is None:
-            self._candidates = None
-        self.transfer = following or self.best
+    def _try_all(self) -> Iterator[Transfer]:
+        """Iterate over what to try; `_cost` is that of the last one when the next is asked for."""
+        yield self._start
+        self._least = self._cost
+        for change in self._changes():
+            candidate = replace(self.best, **change)
+            if self._amounts_to(candidate) != self._amounts_to(self.best):
+                yield candidate
+                if self._cost < WORTH_IT * self._least:
+                    self.best, self._least = candidate, self._cost
+        if self.best != self._start:
+            self._least = math.inf
+            yield self._start
+            begun_with = self._cost
+            yield self.best
+            if self._cost > WORTH_IT * begun_with:
+                self.best = self._start
 
-    def _alternatives(self) -> Iterator[Transfer] | None:
-        def candidates() -> Iterator[Transfer]:
-            start = self._start
-            for chunk_bytes in (start.chunk_bytes // 4, start.chunk_bytes * 4):
-                yield replace(self.best, chunk_bytes=chunk_bytes)
-            for in_flight in (start.in_flight // 2, start.in_flight * 2):
-                yield replace(self.best, in_flight=in_flight)
-            for pause_s in (start.pause_s / 4, start.pause_s * 3, start.pause_s * 10):
-                yield replace(self.best, pause_s=pause_s)
-            yield start
-
-        return (each for each in candidates() if self._amounts_to(each) != self._amounts_to(self.best))
+    def _changes(self) -> list[dict[str, Any]]:
+        start = self._start
+        return [
+            *({"chunk_bytes": chunk_bytes} for chunk_bytes in (start.chunk_bytes // 4, start.chunk_bytes * 4)),
+            *({"in_flight": in_flight} for in_flight in (start.in_flight // 2, start.in_flight * 2)),
+            *({"pause_s": pause_s} for pause_s in (start.pause_s / 4, start.pause_s * 3, start.pause_s * 10)),
+        ]
 
     def _amounts_to(self, transfer: Transfer) -> tuple[int, int, float]:
         chunk = max(1, min(transfer.chunk_bytes, self._num_bytes))

@@ -1,4 +1,5 @@
-// Waiting for a request: polls with pauses that grow, as Poller.wait in comm/poll.py does, without Python's lock.
+// Waiting for a request: polls with pauses that grow, without Python's lock. What Poller.wait in comm/poll.py does, but
+// that it yields while it spins, whatever `eager` is, and that the first pause is the shortest.
 
 #include <sched.h>
 #include <time.h>

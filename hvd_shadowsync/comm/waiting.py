@@ -15,7 +15,7 @@ from typing import Any
 from hvd_shadowsync import libraries
 from hvd_shadowsync.comm.poll import Poller
 
-SLICE_S = 0.1  # a signal's handler runs on the training thread, in foreground rounds between two of these
+SLICE_S = 0.02  # between two of them signals are handled, and a daemon thread ends with the interpreter
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _FUNCTIONS: dict[str, libraries.Signature] = {
     "shadow_wait": (ctypes.c_int, [_P, _P, _P, _D, _I, _D, _D, _D, _D, _P]),
@@ -35,10 +35,12 @@ def load() -> ctypes.CDLL | None:
 @functools.cache
 def mpi_test(mpi: Any) -> int | None:
     """Return the address of the `MPI_Test` that the module `mpi` of mpi4py calls; None where it is not to be found."""
-    try:
-        return ctypes.cast(ctypes.CDLL(mpi.__file__).MPI_Test, _P).value
-    except (OSError, AttributeError):
-        return None
+    for library in (None, mpi.__file__):  # as the dynamic linker binds mpi4py's own calls: what is global comes first
+        try:
+            return ctypes.cast(ctypes.CDLL(library).MPI_Test, _P).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def wait(test: int, request: int, poller: Poller, failed: Callable[[int], BaseException]) -> None:

@@ -19,7 +19,7 @@ Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(center, replica) -> (center after the exchange, answer to the replica)."""
 
 REQUEST_BYTES = EAGER_BYTES // 2
-SHARE_OF_AN_EXCHANGE, LONGEST_PAUSE_S = 0.01, 0.01
+SHARE_OF_AN_EXCHANGE, LONGEST_CALLING_PAUSE_S = 0.01, 0.01
 LARGEST_TAG = 32_767  # the smallest upper bound of tags that the MPI standard allows
 
 
@@ -119,7 +119,7 @@ class ElasticCenter(Reducer):
 
 def pauses_for(poller: Poller, exchange_s: float) -> Poller:
     """Return `poller` with pauses that suit an exchange of `exchange_s`."""
-    longest_s = min(SHARE_OF_AN_EXCHANGE * exchange_s, LONGEST_PAUSE_S)
+    longest_s = min(SHARE_OF_AN_EXCHANGE * exchange_s, LONGEST_CALLING_PAUSE_S)
     return replace(poller, longest_s=max(poller.longest_s, longest_s))
 
 

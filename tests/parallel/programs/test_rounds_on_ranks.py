@@ -103,10 +103,10 @@ def test_rounds_go_on_while_chunks_change(
     slopes = Slopes(comm.rank, comm.size, numel=20_000)
     tried: set[int] = set()
     with ShadowSync(slopes.optimizer, sync_every=1, wire_dtype=wire_dtype) as sync:
-        for _ in range(40):
-            slopes.step()
-        while (metrics := sync.metrics())["searching"]:
-            slopes.step(moving=False)
+        steps = 0
+        while (metrics := sync.metrics())["searching"] or steps < 40:
+            slopes.step(moving=steps < 40)
+            steps += 1
             tried.add(int(metrics["chunk_bytes"]))
         assert tried >= {2048, 8192, 32768}
         settle(comm, sync, slopes)

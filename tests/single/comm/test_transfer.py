@@ -58,10 +58,15 @@ def test_the_best_is_found(chunk_bytes: int, in_flight: int, pause_s: float) -> 
 
 
 def test_a_start_that_was_slow_by_itself_is_tried_again() -> None:
-    rounds = iter(range(100))
+    rounds, other = iter(range(100)), Transfer(MIB // 4, 4, 0.001)
     used = searched(lambda transfer: 2000 if transfer == START and next(rounds) < 5 else 1000)
-    assert used[-4:] == [START] * 4
-    assert Transfer(MIB // 4, 4, 0.001) in used
+    assert used[-7:] == [START] * 3 + [other] * 3 + [START]
+
+
+def test_what_was_lucky_once_is_tried_again() -> None:
+    rounds, other = iter(range(100)), Transfer(MIB // 4, 4, 0.001)
+    used = searched(lambda transfer: 500 if transfer == other and next(rounds) < 3 else 1000)
+    assert used[-7:] == [START] * 3 + [other] * 3 + [START]
 
 
 def test_a_little_better_is_not_better() -> None:

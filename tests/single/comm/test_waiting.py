@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -28,14 +29,13 @@ class Test:
     __test__ = False
 
     def __init__(self, last: int, code: int = 0) -> None:
-        self.looks: list[int] = []
+        self.looks: list[tuple[int, int]] = []
         self._last, self._code = last, code
         self._function = TEST(self._look)
         self.address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
 
     def _look(self, request: int, complete: Any, status: int) -> int:
-        self.looks.append(request)
-        assert status % 16 == 0
+        self.looks.append((request, status % 16))
         ended = len(self.looks) >= self._last
         complete[0] = int(ended and not self._code)
         return self._code if ended else 0
@@ -46,7 +46,7 @@ class Test:
 def test_it_looks_until_the_request_is_complete(last: int, poller: Poller) -> None:
     test = Test(last)
     waiting.wait(test.address, REQUEST, poller, Failed)
-    assert test.looks == [REQUEST] * last
+    assert test.looks == [(REQUEST, 0)] * last
 
 
 def test_a_code_is_raised_as_an_error() -> None:
@@ -56,27 +56,25 @@ def test_a_code_is_raised_as_an_error() -> None:
 
 def test_python_has_its_turn_in_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each slice ends in Python, where signals are handled; the pauses go on growing from slice to slice."""
-    monkeypatch.setattr(waiting, "SLICE_S", 0.0)
-    calls, library = [], waiting.load()
+    monkeypatch.setattr(waiting, "SLICE_S", 0.0002)
+    library, pauses = waiting.load(), []
 
-    class Counted:
+    class Seen:
         def shadow_wait(self, *arguments: Any) -> int:
-            code = library.shadow_wait(*arguments)
-            state = ctypes.cast(arguments[2], ctypes.POINTER(waiting._Wait)).contents
-            calls.append((state.polls, state.pause_s))
+            code: int = library.shadow_wait(*arguments)
+            pauses.append(ctypes.cast(arguments[2], ctypes.POINTER(waiting._Wait)).contents.pause_s)
             return code
 
-    monkeypatch.setattr(waiting, "load", Counted)
-    test = Test(6)
-    waiting.wait(test.address, REQUEST, QUICK, Failed)
-    assert len(calls) == len(test.looks) == 6
+    monkeypatch.setattr(waiting, "load", Seen)
+    waiting.wait(Test(200).address, REQUEST, Poller(spin_s=0.0, eager=0, shortest_s=1e-6, growth=1.1), Failed)
+    assert len(pauses) > 1
+    assert pauses == sorted(pauses)
+    assert pauses[-1] > pauses[0]
 
 
 @pytest.mark.parametrize("longest_s", [0.00002, 0.001])
 def test_pauses_grow_as_the_pollers(longest_s: float) -> None:
     """The time of so many looks is at least that of their pauses."""
-    import time
-
     poller = Poller(spin_s=0.0, eager=3, shortest_s=0.00001, longest_s=longest_s, growth=2.0)
     test = Test(12)
     begun = time.perf_counter()
