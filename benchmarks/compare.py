@@ -114,11 +114,9 @@ def estimate_s(case: Case, contender: Contender, options: argparse.Namespace) ->
     """Return about how long a run takes: its start, its warm-up, and a period of steps if that is longer."""
     crowd = max(1.0, case.hosts / len(os.sched_getaffinity(0)))
     period_s = contender.every * case.workload.step_s * crowd * (2 if case.workload.slow else 1)
-    return (
-        START_S * crowd
-        + max(options.warmup, contender.warm_s, period_s)
-        + max(options.seconds, contender.least_s, period_s)
-    )
+    warm_s = max(options.warmup, contender.warm_s, period_s)
+    measured_s = max(options.seconds, contender.least_s, period_s) + contender.pauses * options.seconds
+    return START_S * crowd + warm_s + measured_s
 
 
 def why_not(case: Case, contender: Contender, options: argparse.Namespace) -> str:

@@ -23,6 +23,7 @@ class Contender:
         every_s: instead of k: so many seconds of training, as steps of about the workload's length.
         least_s: of training that have to be measured for it to synchronise.
         warm_s: of training before that, at least.
+        pauses: whether its synchronisation can pause, which is measured as well.
         on_request: whether it runs only where it is named.
         launcher: "mpi" is shadowrun; "plain" starts a process on each host with what torch.distributed reads.
         peers: whether it runs in the peers' environment (`launch/peers`), not in the project's.
@@ -37,6 +38,7 @@ class Contender:
     every_s: float = 0.0
     least_s: float = 0.0
     warm_s: float = 0.0
+    pauses: bool = False
     on_request: bool = False
     launcher: Literal["mpi", "plain"] = "plain"
     peers: bool = False
@@ -57,14 +59,18 @@ def ours() -> list[Contender]:
     """
     shared = {"module": "with_shadowsync", "launcher": "mpi", "tables": "yes"}
     names = ("ma", "easgd", "bmuf")
-    background = [Contender(f"S-{name.upper()}", variant=name, warm_s=HEAD_START_S, **shared) for name in names]
+    background = [
+        Contender(f"S-{name.upper()}", variant=name, warm_s=HEAD_START_S, pauses=True, **shared) for name in names
+    ]
     twins = [
         Contender(f"FR-{name.upper()} k={every}", variant=name, every=every, **shared)
         for name in names
         for every in (5, 30)
     ]
     others = [
-        Contender(f"S-MA {options}", variant=f"ma {options}", warm_s=HEAD_START_S, on_request=True, **shared)
+        Contender(
+            f"S-MA {options}", variant=f"ma {options}", warm_s=HEAD_START_S, pauses=True, on_request=True, **shared
+        )
         for options in ("cpu_budget=0.05", "cpu_budget=0.1", "wire_dtype=float16", "cpu_budget=0.1 wire_dtype=float16")
     ]
     return background + twins + others
@@ -84,7 +90,10 @@ CATALOGUE = [
     Contender("hivemind", "with_hivemind", "local", every_s=6.0, least_s=15.0, peers=True),
     Contender("torchrec", "with_torchrec", peers=True, tables="only"),
     *ours(),
-    *(Contender(f"sockets k={every}", "with_sockets", every=every, on_request=True) for every in (8, 16, 40)),
+    *(
+        Contender(f"sockets k={every}", "with_sockets", every=every, pauses=True, on_request=True)
+        for every in (8, 16, 40)
+    ),
 ]
 
 

@@ -93,6 +93,12 @@ def ratios(record: Record, to: Record | None) -> dict[str, float] | None:
     return spread([rates[0][repeat] / rates[1][repeat] for repeat in common]) if common else None
 
 
+def ratios_to_paused(record: Record) -> dict[str, float] | None:
+    """Return examples/s over those of the same processes while paused; None where they cannot pause."""
+    found = [each["to_paused"] for each in record["runs"] if "to_paused" in each]
+    return spread(found) if found else None
+
+
 def by_case(records: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, Record]]:
     """Return the records of each case by contender, in the order in which they were made."""
     found: dict[tuple[Any, ...], dict[str, Record]] = {}

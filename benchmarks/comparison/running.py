@@ -154,12 +154,21 @@ def merged(ranks: list[dict[str, Any]], case: Case) -> dict[str, Any]:
     return {
         "dense_bytes": ranks[0]["dense_bytes"],
         "examples_per_s": round(sum(batch * each["steps"] / each["seconds"] for each in counted), 1),
+        **in_turns(counted),
         "step_ms": round(float(np.mean([1000 * each["seconds"] / each["steps"] for each in counted])), 3),
         "steps": sum(each["steps"] for each in counted),
         "sync_gap_steps": mean_of(counted, "sync_gap_steps"),
         "in_flight_ms": mean_of(counted, "in_flight_ms"),
         "curve": curve_of(ranks, batch),
     }
+
+
+def in_turns(ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the ranks' steps/s with synchronisation over those of the same processes while it was paused."""
+    if not all("paused_steps_per_s" in each for each in ranks):
+        return {}
+    with_it, without = (sum(each[f"{name}_steps_per_s"] for each in ranks) for name in ("resumed", "paused"))
+    return {"to_paused": round(with_it / without, 4)}
 
 
 def mean_of(ranks: list[dict[str, Any]], key: str) -> float | None:

@@ -7,12 +7,12 @@ from typing import Any
 
 from .cases import WORKLOADS
 from .catalogue import CATALOGUE
-from .records import Record, by_case, ratios
+from .records import Record, by_case, ratios, ratios_to_paused
 
 LIMIT, HOROVOD = "none", "horovod"
 HEAD = [
-    "contender", "examples/s", "worst", "best", "/ none", "worst", "best", "/ horovod", "step, ms", "sync gap, steps",
-    "in flight, ms", "runs",
+    "contender", "examples/s", "worst", "best", "/ none", "worst", "best", "/ paused", "worst", "best", "/ horovod",
+    "step, ms", "sync gap, steps", "in flight, ms", "runs",
 ]  # fmt: skip
 ORDER = {contender.name: index for index, contender in enumerate(CATALOGUE)}
 
@@ -25,7 +25,8 @@ def report(records: Sequence[Record]) -> str:
 def table(contenders: Mapping[str, Record]) -> str:
     """Return a case's table, what failed or was not run below it.
 
-    Ratios are formed within each repeat; then the median, the worst and the best of them are taken.
+    Ratios are formed within each repeat; then the median, the worst and the best of them are taken. "/ paused" is to
+    the same processes, which pause in turns: it does not depend on how the machine treats one process or another.
     """
     ordered = sorted(contenders.values(), key=lambda each: ORDER.get(each["contender"], len(ORDER)))
     first = ordered[0]
@@ -52,10 +53,12 @@ def cells(record: Record, contenders: Mapping[str, Record]) -> list[str]:
         return [record["contender"], why, *["-"] * (len(HEAD) - 3), runs]
     rate = record["examples_per_s"]
     limit, horovod = (ratios(record, contenders.get(name)) for name in (LIMIT, HOROVOD))
+    paused = ratios_to_paused(record)
     return [
         record["contender"],
         *(f"{rate[key]:.0f}" for key in ("median", "worst", "best")),
         *(number(limit and limit[key], ".3f") for key in ("median", "worst", "best")),
+        *(number(paused and paused[key], ".3f") for key in ("median", "worst", "best")),
         number(horovod and horovod["median"], ".2f"),
         number(record.get("step_ms"), ".1f"),
         number(record.get("sync_gap_steps"), ".1f"),

@@ -63,6 +63,7 @@ class Contender:
         period_steps: ranks have to take equally many steps, a multiple of this; None: they go each at its own pace.
         sync_gap_steps: steps between two synchronisations, where that is known beforehand.
         metrics: counters so far: rounds, and in_flight_ms of them on average where that is known; or nothing.
+        pause: begin no more synchronisation, and let `resume` begin it again; the same in turns shows what it takes.
         close: the framework's own end.
     """
 
@@ -71,4 +72,6 @@ class Contender:
     period_steps: int | None
     sync_gap_steps: float | None
     metrics: Callable[[], dict[str, float]] = dict
+    pause: Callable[[], None] | None = None
+    resume: Callable[[], None] = nothing
     close: Callable[[], None] = nothing

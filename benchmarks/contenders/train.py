@@ -21,6 +21,7 @@ from meeting import Meeting
 from workloads import Task, make_task
 
 CURVE_S = 0.2
+TURNS = 2
 LEAST_WARM_STEPS = 3
 
 
@@ -121,7 +122,24 @@ def measure(loop: Loop, meeting: Meeting, period: int | None, warmup_s: float, s
     agreed = meeting.agree(periods(seconds, elapsed / steps, period or 1, least=1))
     taken, elapsed = loop.train(seconds=seconds) if period is None else loop.train(steps=agreed)
     after = loop.contender.metrics()
-    return {"steps": taken, "seconds": elapsed, "curve": loop.curve, **rounds(before, after, taken)}
+    found = {"steps": taken, "seconds": elapsed, "curve": list(loop.curve), **rounds(before, after, taken)}
+    return found | (in_turns(loop, seconds) if period is None else {})
+
+
+def in_turns(loop: Loop, seconds: float) -> dict[str, float]:
+    """Train for `seconds`, half of them while synchronisation is paused, in turns; nothing where it cannot be."""
+    contender = loop.contender
+    if contender.pause is None:
+        return {}
+    steps = {"paused": 0, "resumed": 0}
+    elapsed = {"paused": 0.0, "resumed": 0.0}
+    for _ in range(TURNS):
+        for name, change in (("paused", contender.pause), ("resumed", contender.resume)):
+            change()
+            taken, seconds_taken = loop.train(seconds=seconds / (2 * TURNS))
+            steps[name] += taken
+            elapsed[name] += seconds_taken
+    return {f"{name}_steps_per_s": steps[name] / elapsed[name] for name in steps}
 
 
 def periods(seconds: float, step_s: float, period: int, *, least: int) -> int:

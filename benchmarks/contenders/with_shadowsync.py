@@ -34,5 +34,7 @@ def make(asked: Asked) -> Contender:
         period_steps=asked.every or None,
         sync_gap_steps=None,
         metrics=handle.metrics,
+        pause=None if asked.every else handle.pause,
+        resume=handle.resume,
         close=handle.close,
     )

@@ -31,15 +31,24 @@ class Ring:
         self._following, self._previous = neighbours(place)
         self._due = threading.Semaphore(0)
         self._in_flight_s = 0.0
+        self.paused = False
         self.asked = self.rounds = 0
         for work in (self._send, self._receive):
             threading.Thread(target=work, daemon=True).start()
 
     def begin(self) -> None:
         """Send a replica's bytes, unless the previous rank's of the last time have not come."""
-        if self.asked <= self.rounds:
+        if self.asked <= self.rounds and not self.paused:
             self.asked += 1
             self._due.release()
+
+    def pause(self) -> None:
+        """Begin nothing more."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Begin again."""
+        self.paused = False
 
     def metrics(self) -> dict[str, float]:
         """Return the counters."""
@@ -111,5 +120,6 @@ def make(asked: Asked) -> Contender:
 
     optimizer.register_step_post_hook(stepped)
     return Contender(
-        asked.task.model, optimizer, period_steps=None, sync_gap_steps=None, metrics=ring.metrics, close=ring.close
-    )
+        asked.task.model, optimizer, period_steps=None, sync_gap_steps=None, metrics=ring.metrics, pause=ring.pause,
+        resume=ring.resume, close=ring.close,
+    )  # fmt: skip

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,6 +83,44 @@ print(run_once(case, Contender("broken", "no_such_framework"), settings)["failed
     lines = outcome.output.splitlines()
     assert lines[0] == "exit code 1"
     assert "ModuleNotFoundError: No module named 'no_such_framework'" in lines
+
+
+@pytest.mark.timeout(200)
+def test_a_comparison_that_is_ended_takes_its_ranks_along(tmp_path: Path) -> None:
+    find_mpi()
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # MPI's sockets lie in it: no long path
+    line = [sys.executable, str(BENCHMARKS / "compare.py"), *SHORT[:4], "--seconds", "100", "--contenders", "none"]
+    line += ["--json", str(tmp_path / "compare.json"), "--plots", str(tmp_path / "plots")]
+    job = subprocess.Popen(line, env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: len(ranks_of(folder)) == 2)
+        job.terminate()
+        assert job.wait(60) == 128 + signal.SIGTERM
+        assert ranks_of(folder) == []
+    finally:
+        job.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ranks_of(folder: Path) -> list[str]:
+    """Return the processes that train in a folder under this one."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = file.read_text().split("\0")
+            found += (
+                [file.parent.name]
+                if any(word.startswith(f"--folder={folder}") for word in words) and words[1:2] == ["-W"]
+                else []
+            )
+    return found
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
+        time.sleep(0.1)
 
 
 def test_contenders_that_do_not_exist_are_refused(tmp_path: Path) -> None:

@@ -76,6 +76,19 @@ def test_a_measurement_of_one_rank(tmp_path: Path, period: int) -> None:
     assert "sync_gap_steps" not in found
 
 
+def test_synchronisation_pauses_in_turns(tmp_path: Path) -> None:
+    made, said = task(), []
+    contender = Contender(
+        made.model, made.optimizer(), None, None, pause=lambda: said.append("pause"), resume=lambda: said.append("on")
+    )
+    [meeting] = meetings(tmp_path / "meeting", 1)
+    found = train.measure(train.Loop(made, contender, slow=False), meeting, None, 0.0, 0.01)
+    assert said == ["pause", "on"] * train.TURNS
+    assert found["paused_steps_per_s"] > 0
+    assert found["resumed_steps_per_s"] > 0
+    assert found["curve"][-1][1] <= found["steps"] + train.LEAST_WARM_STEPS, "the turns are not in the curve"
+
+
 def test_a_slow_rank_sleeps_as_long_as_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     clock = iter(range(1000))
