@@ -1,6 +1,7 @@
 """Metadata, extras, the compiled kernels and the console script; tool settings live in pyproject.toml."""
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -29,10 +30,20 @@ EXAMPLES = [
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
 LOOSE = ["-fopenmp", "-fno-signed-zeros", "-fassociative-math"]
 STRICT = ["-ffp-contract=off"]
+PLAIN = ["-O2", "-std=c++17"]
 VARIANTS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     VARIANTS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 KERNELS, REDUCERS = "hvd_shadowsync/embedding/kernels", "hvd_shadowsync/reducers"
+
+
+def extension(path: str, source: str, compile_args: list[str], link_args: Sequence[str] = ()) -> Extension:
+    """Return a plain library, loaded with ctypes; where there is no compiler the package works without, more slowly."""
+    return Extension(
+        path.replace("/", "."), [source], extra_compile_args=compile_args, extra_link_args=list(link_args),
+        language="c++", optional=True,
+    )  # fmt: skip
+
 
 setup(
     name="hvd_shadowsync",
@@ -45,42 +56,16 @@ setup(
     packages=find_packages(include=["hvd_shadowsync", "hvd_shadowsync.*"]),
     package_data={"hvd_shadowsync": ["py.typed"]},
     ext_modules=[
-        # Plain libraries, loaded with ctypes. Without a compiler they are left out: the package works, more slowly.
-        Extension(
-            f"hvd_shadowsync.embedding.kernels._kernels_{variant}",
-            [f"{KERNELS}/kernels.cpp"],
-            extra_compile_args=FLAGS + LOOSE + flags,
-            extra_link_args=["-fopenmp"],
-            language="c++",
-            optional=True,
-        )
-        for variant, flags in VARIANTS.items()
-    ]
-    + [
-        Extension(
-            f"hvd_shadowsync.reducers._halves_{variant}",
-            [f"{REDUCERS}/halves.cpp"],
-            extra_compile_args=FLAGS + STRICT + flags,
-            language="c++",
-            optional=True,
-        )
-        for variant, flags in VARIANTS.items()
-    ]
-    + [
-        Extension(
-            "hvd_shadowsync.comm._waiting_default",
-            ["hvd_shadowsync/comm/waiting.cpp"],
-            extra_compile_args=["-O2", "-std=c++17"],
-            language="c++",
-            optional=True,
+        *(
+            extension(f"{KERNELS}/_kernels_{each}", f"{KERNELS}/kernels.cpp", FLAGS + LOOSE + flags, ["-fopenmp"])
+            for each, flags in VARIANTS.items()
         ),
-        Extension(
-            "hvd_shadowsync.emulated._delay",
-            ["hvd_shadowsync/emulated/delay.cpp"],
-            extra_compile_args=["-O2", "-std=c++17"],
-            language="c++",
-            optional=True,
+        *(
+            extension(f"{REDUCERS}/_halves_{each}", f"{REDUCERS}/halves.cpp", FLAGS + STRICT + flags)
+            for each, flags in VARIANTS.items()
         ),
+        extension("hvd_shadowsync/comm/_waiting_default", "hvd_shadowsync/comm/waiting.cpp", PLAIN),
+        extension("hvd_shadowsync/emulated/_delay", "hvd_shadowsync/emulated/delay.cpp", PLAIN),
     ],
     install_requires=["torch>=2.4", "numpy", "mpi4py>=3.1.5", "safetensors>=0.4"],
     extras_require={
