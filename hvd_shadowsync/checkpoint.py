@@ -61,20 +61,22 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
         CheckpointError: a rank cannot read the file, or it does not fit; raised on every rank, nothing is half loaded
             into the rounds.
     """
-    failure, content = None, {}
+    failure, content, weights = None, {}, {}
     try:
         content = read(path)
         state = dict(content["optimizer"])
         rounds = state.pop("shadow_sync", None)
         check_rounds_state(rounds)
         own = {name: value for name, value in model.state_dict().items() if _is_of_one_rank(value)}
-        model.load_state_dict({**content["model"], **own})
+        weights = {**content["model"], **own}
+        model.load_state_dict(weights)
         sync.optimizer.load_state_dict(state)
     except (CheckpointError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         failure = str(error) if isinstance(error, CheckpointError) else f"{path} does not fit the model: {error}"
     _raise_everywhere(sync, failure)
     for name, module in _sharded(model):
         files.load(_folder(path, name), module)
+    model.load_state_dict(weights)  # again: a round that was under way has been merged where the ranks met
     sync.load_state_dict(rounds or None)
     return content.get("extra")
 

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,8 @@ class RoundMetrics:
     cpu_s: float = 0.0
     distance: float = math.nan
     surviving_progress: float = math.nan
+    progress: Callable[[], float] | None = None
+    """What the last merge kept of the progress in flight, if it is not known yet."""
     chunk_bytes: float = math.nan
     chunks_in_flight: float = math.nan
     pause_ms: float = math.nan
@@ -58,6 +60,7 @@ class RoundMetrics:
     def snapshot(self) -> dict[str, float]:
         """Return the figures so far."""
         with self.lock:
+            self._settle()
             per_round = 1.0 / self.rounds if self.rounds else math.nan
             return {
                 "steps": self.steps,
@@ -74,6 +77,13 @@ class RoundMetrics:
                 "pause_ms": self.pause_ms,
                 "searching": float(self.searching),
             }
+
+    def _settle(self) -> None:
+        """Find out what the last merge kept: not at the merge, which would wait for a GPU then."""
+        if self.progress is not None:
+            surviving, self.progress = self.progress(), None
+            if not math.isnan(surviving):
+                self.surviving_progress = surviving
 
     def restore(self, counters: Mapping[str, int]) -> None:
         """Go on counting from the counters of a checkpoint."""

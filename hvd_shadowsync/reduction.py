@@ -12,6 +12,7 @@ from hvd_shadowsync.algorithms import Algorithm, ElasticAveraging
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.transfer import Search, Transfer
+from hvd_shadowsync.gpus import PageLock
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reducers import (
     AllReduceMean,
@@ -71,6 +72,7 @@ class Reduction:
         self._memory = self._share_memory(replica)
         self._layout = (replica.numel, replica.dtype)
         self._search: Search | None = None
+        self._page_lock: PageLock | None = None
 
     def snapshot_of(self, replica: Replica) -> Tensor:
         """Return a vector for snapshots of `replica`, in shared memory where that has its layout."""
@@ -81,7 +83,12 @@ class Reduction:
             self._memory = memory = None  # new memory would have to be asked for on the training threads
             if self._options.hierarchical is True:
                 logger.warning("hierarchical=True: parameters were added, from here on every rank sends its own")
-        return replica.empty() if memory is None else memory.snapshots[memory.rank]
+        self._unlock()
+        if memory is None:
+            return replica.empty()
+        snapshot = memory.snapshots[memory.rank]
+        self._page_lock = PageLock(snapshot) if replica.pinned else None
+        return snapshot
 
     def begin(self, anchor: Tensor) -> Reducer:
         """Return a reducer for vectors like `anchor`, at which all replicas stand."""
@@ -100,6 +107,7 @@ class Reduction:
 
     def free(self) -> None:
         """Give communicators and memory back (collective)."""
+        self._unlock()
         self._memory = None
         self._reducer = OwnerMean(self._comm, self._poller)
         if self._hosts is not None:
@@ -107,16 +115,17 @@ class Reduction:
         for comm in self._center_comms or ():
             comm.free()
 
+    def _unlock(self) -> None:
+        if self._page_lock is not None:
+            self._page_lock.release()
+            self._page_lock = None
+
     def _take_apart(self, replica: Replica) -> Hosts | None:
         """Return who is on which host, where rounds are to go one way inside hosts and another between them."""
         options = self._options
         if options.algorithm.asynchronous or options.foreground or not options.hierarchical:
             return None
-        if replica.pinned or not Hosts.matter(self._comm):
-            if options.hierarchical is True and replica.pinned:
-                logger.warning("hierarchical=True: weights on a GPU are no shared memory; every rank sends its own")
-            return None
-        return Hosts(self._comm)
+        return Hosts(self._comm) if Hosts.matter(self._comm) else None
 
     def _share_memory(self, replica: Replica) -> HostMemory | None:
         """Return memory for the snapshots of this host's ranks, where rounds can use it."""
@@ -124,7 +133,7 @@ class Reduction:
         if hosts is not None:
             memory = HostMemory.of(hosts.local, replica.numel, replica.dtype, room=replica.numel)
             return memory if all(self._comm.allgather_object(memory is not None)) else None
-        if options.algorithm.asynchronous or options.foreground or options.wire_dtype is not None or replica.pinned:
+        if options.algorithm.asynchronous or options.foreground or options.wire_dtype is not None:
             return None
         return HostMemory.of(self._comm, replica.numel, replica.dtype)
 

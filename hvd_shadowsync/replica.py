@@ -5,12 +5,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
+
+from hvd_shadowsync.gpus import Arriving, Staging
 
 MERGES = ("delta", "interpolate")
 
@@ -54,6 +56,80 @@ class Segment:
     stop: int
 
 
+class FlatLayout:
+    """How tensors lie in one flat vector of `dtype` in the host's memory, one after the other, and how they are copied.
+
+    Tensors on GPUs go through a staging buffer there (`gpus.Staging`), made when it is first needed.
+    """
+
+    def __init__(self, tensors: Sequence[NamedTensor], dtype: torch.dtype) -> None:
+        self.tensors, self.dtype = list(tensors), dtype
+        self.segments = _lay_out(self.tensors)
+        self.numel = self.segments[-1].stop if self.segments else 0
+        places = [each.tensor.device if each.tensor.is_cuda else None for each in self.tensors]
+        self._on_host = [index for index, place in enumerate(places) if place is None]
+        self._on_gpus = {
+            gpu: [i for i, place in enumerate(places) if place == gpu] for gpu in places if gpu is not None
+        }
+        self._stagings: dict[torch.device, Staging] = {}
+
+    @property
+    def pinned(self) -> bool:
+        """Whether some of the tensors are on GPUs, so that vectors should be page-locked."""
+        return bool(self._on_gpus)
+
+    def empty(self) -> Tensor:
+        """Return a new flat vector, page-locked where tensors are on a GPU."""
+        return torch.empty(self.numel, dtype=self.dtype, pin_memory=self.pinned)
+
+    def lives(self, *, unnoticed: bool = False) -> list[Tensor]:
+        """Return the live values, as `NamedTensor.live` does."""
+        return [each.live(unnoticed=unnoticed) for each in self.tensors]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Return the tensors' parts of `flat`, which may end before the last of them."""
+        return [flat[segment.start : segment.stop] for segment in self.segments if segment.stop <= flat.numel()]
+
+    def download(self, out: Tensor) -> None:
+        """Copy the live values into `out`."""
+        lives = self.lives()
+        for staging, indices in self._gpus():
+            staging.download([lives[index] for index in indices], out)
+        for index in self._on_host:
+            segment = self.segments[index]
+            out[segment.start : segment.stop].view(lives[index].shape).copy_(lives[index])
+        for staging, _ in self._gpus():
+            staging.wait()
+
+    def upload(self, staged: Tensor) -> None:
+        """Bring what of `staged` belongs to tensors on GPUs there, ready for `parts`."""
+        for staging, _ in self._gpus():
+            staging.upload(staged)
+        for staging, _ in self._gpus():
+            staging.wait()
+
+    def parts(self, staged: Tensor, lives: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parts of `staged`, each where its live tensor is and in its shape; `upload` came before."""
+        parts = [part.view(live.shape) for part, live in zip(self.split(staged), lives, strict=True)]
+        for staging, indices in self._gpus():
+            for index, part in zip(indices, staging.parts(), strict=True):
+                parts[index] = part
+        return parts
+
+    def merged(self) -> None:
+        """Take note that the calling thread is through with `parts`."""
+        for staging, _ in self._gpus():
+            staging.merged()
+
+    def _gpus(self) -> Iterator[tuple[Staging, list[int]]]:
+        for gpu, indices in self._on_gpus.items():
+            if gpu not in self._stagings:
+                lives = [self.tensors[index].live() for index in indices]
+                places = [self.segments[index].start for index in indices]
+                self._stagings[gpu] = Staging(gpu, lives, places, self.dtype)
+            yield self._stagings[gpu], indices
+
+
 class Replica:
     """Weights, then floating-point buffers, as one flat vector; integer buffers as another.
 
@@ -65,17 +141,19 @@ class Replica:
 
     def __init__(self, params: Sequence[NamedTensor], buffers: Sequence[NamedTensor] = ()) -> None:
         self.params = list(params)
-        self.tensors = self.params + [each for each in buffers if _is_real(each.tensor)]
-        self.integers = [each for each in buffers if not _is_real(each.tensor)]
-        self.dtype = torch.float64 if any(_is_double(each.tensor) for each in self.tensors) else torch.float32
-        self.segments = _lay_out(self.tensors)
+        tensors = self.params + [each for each in buffers if _is_real(each.tensor)]
+        self.dtype = torch.float64 if any(_is_double(each.tensor) for each in tensors) else torch.float32
+        self._reals = FlatLayout(tensors, self.dtype)
+        self._integers = FlatLayout([each for each in buffers if not _is_real(each.tensor)], torch.int64)
+        self.tensors, self.segments, self.numel = self._reals.tensors, self._reals.segments, self._reals.numel
+        self.integers = self._integers.tensors
         self.num_weights = sum(each.numel for each in self.params)
-        self.numel = self.segments[-1].stop if self.segments else 0
         self._starts = [segment.start for segment in self.segments]
-        self.pinned = any(each.tensor.is_cuda for each in self.tensors)
-        self._stream = torch.cuda.Stream() if self.pinned else None  # type: ignore[no-untyped-call]
-        self._training_stream = torch.cuda.current_stream() if self.pinned else None
-        self._uploaded: torch.cuda.Event | None = None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether some of the real-valued tensors are on GPUs."""
+        return self._reals.pinned
 
     @property
     def fingerprint(self) -> int:
@@ -85,23 +163,15 @@ class Replica:
 
     def empty(self) -> Tensor:
         """Return a new flat vector, page-locked where the live tensors are on a GPU."""
-        return torch.empty(self.numel, dtype=self.dtype, pin_memory=self.pinned)
+        return self._reals.empty()
 
     def empty_integers(self) -> Tensor:
         """Return a new vector for the integer buffers, int64."""
-        return torch.empty(sum(each.numel for each in self.integers), dtype=torch.int64)
+        return self._integers.empty()
 
     def snapshot(self, out: Tensor) -> None:
         """Copy the live values into the flat vector `out`."""
-        if self._stream is None or self._training_stream is None:
-            self._copy_live(out)
-            return
-        if self._uploaded is not None:
-            self._uploaded.synchronize()
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_stream(self._training_stream)
-            self._copy_live(out)
-        self._stream.synchronize()
+        self._reals.download(out)
 
     def snapshot_part(self, out: Tensor, part: slice) -> None:
         """Copy the live values of `part` into that part of the flat vector `out`; for tensors on the CPU.
@@ -119,32 +189,53 @@ class Replica:
 
     def snapshot_integers(self, out: Tensor) -> None:
         """Copy the integer buffers into `out`."""
-        for segment, each in zip(_lay_out(self.integers), self.integers, strict=True):
-            out[segment.start : segment.stop].copy_(each.tensor.detach().reshape(-1))
+        self._integers.download(out)
+
+    def upload(self, staged: Tensor, integers: Tensor | None = None) -> None:
+        """Bring what is to be merged to the GPUs, on any thread, so that merging waits for no copy."""
+        self._reals.upload(staged)
+        if integers is not None:
+            self._integers.upload(integers)
 
     @torch.no_grad()
-    def merge(self, staged: Tensor, how: Merge, alpha: float = 1.0, *, hogwild: bool = False) -> None:
-        """Bring the flat vector `staged` into the live tensors; `hogwild` lets autograd take no notice."""
-        lives = [each.live(unnoticed=hogwild) for each in self.tensors]
-        if not lives:
+    def merge(
+        self, staged: Tensor, how: Merge, alpha: float = 1.0, *, hogwild: bool = False, uploaded: bool = False
+    ) -> None:
+        """Bring the flat vector `staged` into the live tensors; `hogwild` lets autograd take no notice.
+
+        With `uploaded`, it is on the GPUs already: `upload` was called with it since the last merge.
+        """
+        if not self.tensors:
             return
-        parts = [part.view(live.shape) for part, live in zip(self._parts(staged), lives, strict=True)]
-        if self.pinned:
-            parts = [part.to(live.device, non_blocking=True) for part, live in zip(parts, lives, strict=True)]
-        _APPLY[how](lives, parts, alpha)
-        if self.pinned:
-            self._uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._uploaded.record()
+        if not uploaded:
+            self._reals.upload(staged)
+        lives = self._reals.lives(unnoticed=hogwild)
+        _APPLY[how](lives, self._reals.parts(staged, lives), alpha)
+        self._reals.merged()
 
     @torch.no_grad()
-    def assign_integers(self, staged: Tensor) -> None:
-        """Set the integer buffers to `staged`."""
-        for segment, each in zip(_lay_out(self.integers), self.integers, strict=True):
-            each.tensor.copy_(staged[segment.start : segment.stop].view(each.tensor.shape))
+    def assign_integers(self, staged: Tensor, *, uploaded: bool = False) -> None:
+        """Set the integer buffers to `staged`; `uploaded` as in `merge`."""
+        if not uploaded:
+            self._integers.upload(staged)
+        lives = self._integers.lives()
+        for live, part in zip(lives, self._integers.parts(staged, lives), strict=True):
+            live.copy_(part)
+        self._integers.merged()
+
+    def head(self, most: int) -> Arriving:
+        """Return the first values, `most` at most and those that are in one place, as they are now; does not wait."""
+        heads: list[Tensor] = []
+        for each in self.tensors:
+            have = sum(head.numel() for head in heads)
+            if have >= most or each.tensor.device != self.tensors[0].tensor.device:
+                break
+            heads.append(each.live().reshape(-1)[: most - have].to(self.dtype))
+        return Arriving(torch.cat(heads) if heads else torch.empty(0, dtype=self.dtype))
 
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the weights' parts of the vector `flat` by name, each in its tensor's shape (copies)."""
-        parts = zip(self.params, self._parts(flat), strict=False)
+        parts = zip(self.params, self._reals.split(flat), strict=False)
         return {each.name: part.view(each.live().shape).clone() for each, part in parts}
 
     def from_names(self, tensors: dict[str, Tensor], default: Tensor) -> Tensor:
@@ -154,15 +245,6 @@ class Replica:
             if each.name in tensors:
                 flat[segment.start : segment.stop].copy_(tensors[each.name].reshape(-1))
         return flat
-
-    def _copy_live(self, out: Tensor) -> None:
-        for each, part in zip(self.tensors, self._parts(out), strict=True):
-            live = each.live()
-            part.view(live.shape).copy_(live, non_blocking=True)
-
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        """Return the parts of `flat`, which has the weights alone or the buffers as well."""
-        return [flat[segment.start : segment.stop] for segment in self.segments if segment.stop <= flat.numel()]
 
 
 def _add(lives: list[Tensor], parts: list[Tensor], alpha: float) -> None:

@@ -21,6 +21,7 @@ from hvd_shadowsync.ballot import Ballot, Intent, Verdict
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
+from hvd_shadowsync.gpus import Arriving
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reducers import ElasticCenter, OwnerMean
 from hvd_shadowsync.reducers.base import Fill, as_it_is
@@ -50,19 +51,35 @@ class Staged:
     steps: int
     sample: Tensor | None = None
 
-    def merge(self, *, hogwild: bool = False) -> float:
-        """Bring the result into the live tensors; return the share of in-flight progress that is left (nan if none)."""
+    def merge(self, *, hogwild: bool = False) -> Progress | None:
+        """Bring the result into the live tensors; return what of the progress in flight is left, where it is told."""
         count = 0 if self.sample is None else self.sample.numel()
-        before = _first_values(self.replica, count)
-        self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild)
+        before = self.replica.head(count)
+        self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild, uploaded=True)
         if self.integers is not None:
-            self.replica.assign_integers(self.integers)
+            self.replica.assign_integers(self.integers, uploaded=True)
         if self.sample is None:
-            return math.nan
+            return None
         staged = self.vector[:count]
-        undisturbed = self.sample + (staged if self.how is Merge.ADD else self.alpha * (staged - self.sample))
-        progress = (before - self.sample).double()
-        kept = (_first_values(self.replica, count) - undisturbed).double()
+        moved = staged if self.how is Merge.ADD else self.alpha * (staged - self.sample)
+        return Progress(self.sample, self.sample + moved, before, self.replica.head(count))
+
+
+@dataclass
+class Progress:
+    """Some weights at the snapshot, where a merge without progress in flight would take them, and around the merge."""
+
+    sample: Tensor
+    undisturbed: Tensor
+    before: Arriving
+    after: Arriving
+
+    def surviving(self) -> float:
+        """Return the share of the steps made in flight that is left after the merge; nan if there were none."""
+        before, after = self.before.get(), self.after.get()
+        count = before.numel()
+        progress = (before - self.sample[:count]).double()
+        kept = (after - self.undisturbed[:count]).double()
         norm = float(progress @ progress)
         return float(kept @ progress) / norm if norm > 0 else math.nan
 
@@ -290,6 +307,7 @@ class Rounds:
 
     def _staged(self, how: Merge, verdict: Verdict, sample: Tensor | None) -> Staged:
         alpha, integers = self._options.algorithm.alpha, self._integers_from(verdict)
+        self.replica.upload(self._snapshot, integers)
         return Staged(self.replica, self._snapshot, integers, how, alpha, verdict, self._steps, sample)
 
     def _integers_from(self, verdict: Verdict) -> Tensor | None:
@@ -375,14 +393,3 @@ class Rounds:
 def _conflict(intents: Sequence[Intent]) -> str:
     where = ", ".join(f"rank {rank} in {ballot.CALLS[intent]}" for rank, intent in enumerate(intents))
     return f"the ranks wait for one another: {where}; make these calls on every rank, in the same order"
-
-
-def _first_values(replica: Replica, count: int) -> Tensor:
-    """Return the first `count` weights as they are now."""
-    heads, have = [], 0
-    for each in replica.tensors:
-        if have >= count:
-            break
-        heads.append(each.live().reshape(-1)[: count - have].to("cpu", replica.dtype))
-        have += heads[-1].numel()
-    return torch.cat(heads) if heads else torch.empty(0)

@@ -330,12 +330,11 @@ def serving_pauses(round_s: float) -> Poller:
 def merge_staged(staged: Staged, metrics: RoundMetrics, *, hogwild: bool = False) -> None:
     """Merge `staged` into the live weights and count it."""
     begun = time.perf_counter()
-    surviving = staged.merge(hogwild=hogwild)
+    progress = staged.merge(hogwild=hogwild)
     with metrics.lock:
         metrics.merge_s += time.perf_counter() - begun
         if staged.verdict is not Verdict.ROUND:
             return
         metrics.rounds += 1
         metrics.steps_at_last_round = staged.steps
-        if not math.isnan(surviving):
-            metrics.surviving_progress = surviving
+        metrics.progress = None if progress is None else progress.surviving

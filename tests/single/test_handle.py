@@ -1505,3 +1505,18 @@ def test_what_could_not_be_loaded_again_is_refused_at_saving(tmp_path: Path) -> 
         assert list(tmp_path.iterdir()) == []
         checkpoint.save(tmp_path / "file.pt", model, sync, extra={"epoch": 3})
         assert checkpoint.load(tmp_path / "file.pt", model, sync) == {"epoch": 3}
+
+
+def test_what_is_loaded_while_rounds_are_under_way_is_what_the_file_holds(tmp_path: Path) -> None:
+    def program(comm: Communicator) -> None:
+        model = make_model(comm.rank)
+        optimizer = sgd(model, lr=0.3)
+        with ShadowSync(optimizer, model=model, communicator=comm, sync_every=1) as sync:
+            checkpoint.save(tmp_path / "file.pt", model, sync)
+            saved = checkpoint.read(tmp_path / "file.pt")["model"]
+            for attempt in range(20):
+                train(model, optimizer, 5, stream=comm.rank, first=5 * attempt)
+                checkpoint.load(tmp_path / "file.pt", model, sync)
+                assert same(content(model), saved)
+
+    on_ranks(2, program)

@@ -30,7 +30,7 @@ def part(module: str) -> str:
 
 
 LAYERS = [
-    ["errors", "checks", "libraries"],
+    ["errors", "checks", "libraries", "gpus"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned"],
     ["algorithms"],

@@ -107,8 +107,9 @@ def test_steps_made_while_a_round_is_in_flight(merge: str, moved: float, share: 
         staged = rank.rounds.run(TRAIN, 1)
         assert isinstance(staged, Staged)
         rank.weights += torch.tensor([3.0, 1.0] * 3)
-        surviving = staged.merge()
-        return rank.weights[::2].tolist(), surviving
+        progress = staged.merge()
+        assert progress is not None
+        return rank.weights[::2].tolist(), progress.surviving()
 
     first, second = run(2, program, ModelAveraging(alpha=0.5), merge=merge)
     assert first[0] == pytest.approx([moved] * 3)
@@ -121,7 +122,9 @@ def test_without_steps_in_flight_no_share_of_them_is_told() -> None:
         rank.weights.fill_(float(rank.comm.rank))
         staged = rank.rounds.run(TRAIN, 1)
         assert isinstance(staged, Staged)
-        return staged.merge()
+        progress = staged.merge()
+        assert progress is not None
+        return progress.surviving()
 
     assert all(math.isnan(surviving) for surviving in run(2, program))
 
