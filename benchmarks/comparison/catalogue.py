@@ -71,7 +71,13 @@ def ours() -> list[Contender]:
         Contender(
             f"S-MA {options}", variant=f"ma {options}", warm_s=HEAD_START_S, pauses=True, on_request=True, **shared
         )
-        for options in ("cpu_budget=0.05", "cpu_budget=0.1", "wire_dtype=float16", "cpu_budget=0.1 wire_dtype=float16")
+        for options in (
+            "cpu_budget=0.05",
+            "cpu_budget=0.07",
+            "cpu_budget=0.1",
+            "wire_dtype=float16",
+            "cpu_budget=0.1 wire_dtype=float16",
+        )
     ]
     return background + twins + others
 
