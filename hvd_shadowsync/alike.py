@@ -10,7 +10,7 @@ from torch import Tensor
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.owned import is_owned
-from hvd_shadowsync.replica import Merge, NamedTensor, Replica
+from hvd_shadowsync.replica import NamedTensor, Replica
 
 
 def whole_model(replica: Replica, model: torch.nn.Module | None, *, buffers: bool) -> list[Replica]:
@@ -29,8 +29,6 @@ def start_alike(comm: Communicator, poller: Poller, replicas: Iterable[Replica],
     """Give every rank the values of rank `root` (collective)."""
     for replica in replicas:
         flat, integers = replica.empty(), replica.empty_integers()
-        replica.snapshot(flat)
-        replica.snapshot_integers(integers)
+        replica.read(flat, integers)
         poller.wait([comm.ibcast(flat, root), comm.ibcast(integers, root)])
-        replica.merge(flat, Merge.ASSIGN)
-        replica.assign_integers(integers)
+        replica.write(flat, integers)

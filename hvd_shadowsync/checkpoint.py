@@ -76,7 +76,8 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
     _raise_everywhere(sync, failure)
     for name, module in _sharded(model):
         files.load(_folder(path, name), module)
-    model.load_state_dict(weights)  # again: a round that was under way has been merged where the ranks met
+    sync.settle()
+    model.load_state_dict(weights)  # again: a round that was under way has been merged
     sync.load_state_dict(rounds or None)
     return content.get("extra")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,35 +17,38 @@ logger = logging.getLogger(__name__)
 class Staging:
     """What of a flat vector lies on one GPU: a staging buffer there, and a stream that copies beside training.
 
-    A download copies the live tensors into the buffer, at the speed of the GPU's memory, and that into the host's; an
-    upload fills the buffer, from which the thread that merges takes it, on its own stream and without waiting. Whoever
-    waits for a copy sleeps: the driver would spin, and that is CPU time that training lacks.
+    For rounds, one at a time: a download copies the live tensors into the buffer, at the speed of the GPU's memory, and
+    that into the host's; an upload fills the buffer, from which what was staged is merged, on training's own stream
+    and without waiting. Whoever waits for a copy sleeps: the driver would spin, and that is CPU time that training
+    lacks.
 
     Args:
-        device: the GPU.
-        lives: the live tensors there, real-valued.
+        training: the stream on which the live tensors are trained.
+        lives: the live tensors, real-valued, all on its GPU.
         places: of their first elements in the flat vector.
         dtype: of the flat vector.
     """
 
     def __init__(
-        self, device: torch.device, lives: Sequence[Tensor], places: Sequence[int], dtype: torch.dtype
+        self, training: torch.cuda.Stream, lives: Sequence[Tensor], places: Sequence[int], dtype: torch.dtype
     ) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._training = torch.cuda.current_stream(device)
-        self._copied, self._merged = torch.cuda.Event(blocking=True), torch.cuda.Event()
-        self._merged.record(self._training)  # the buffer's memory may have been another tensor's until here
+        self._device, self._training = training.device, training
         borders = list(itertools.accumulate((each.numel() for each in lives), initial=0))
-        self._buffer = torch.empty(borders[-1], dtype=dtype, device=device)
         own = [slice(*each) for each in itertools.pairwise(borders)]
-        self._parts = [self._buffer[part].view(live.shape) for live, part in zip(lives, own, strict=True)]
         self._runs = _runs(places, own)
+        with torch.cuda.device(self._device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._merged = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._buffer = torch.empty(borders[-1], dtype=dtype, device=self._device)
+            self._merged.record(torch.cuda.current_stream())  # the memory may have been another tensor's until here
+        self._parts = [self._buffer[part].view(live.shape) for live, part in zip(lives, own, strict=True)]
 
     def download(self, lives: Sequence[Tensor], out: Tensor) -> None:
         """Begin to copy the live tensors, as the training stream leaves them, into their places in `out`."""
-        with torch.cuda.stream(self._stream):
+        with self._on(self._stream):
             self._stream.wait_stream(self._training)
+            self._stream.wait_event(self._merged)
             torch._foreach_copy_(self._parts, list(lives))
             for place, run in self._runs:
                 out[place].copy_(self._buffer[run], non_blocking=True)
@@ -51,7 +56,7 @@ class Staging:
 
     def upload(self, staged: Tensor) -> None:
         """Begin to copy this GPU's places of `staged` into the buffer, once what was there is merged."""
-        with torch.cuda.stream(self._stream):
+        with self._on(self._stream):
             self._stream.wait_event(self._merged)
             for place, run in self._runs:
                 self._buffer[run].copy_(staged[place], non_blocking=True)
@@ -61,15 +66,25 @@ class Staging:
         """Return when what was begun is done."""
         self._copied.synchronize()
 
-    def parts(self) -> list[Tensor]:
-        """Return what was uploaded, in the live tensors' order and shapes, for the calling thread's stream."""
-        self._training = torch.cuda.current_stream(self._device)
-        self._training.wait_event(self._copied)
-        return self._parts
+    @contextmanager
+    def merging(self, *, hogwild: bool) -> Iterator[list[Tensor]]:
+        """Give what was uploaded, in the live tensors' order and shapes, to be merged inside the block.
 
-    def merged(self) -> None:
-        """Take note that the calling thread's stream has read the parts once it gets here."""
-        self._merged.record(self._training)
+        On the training thread that is on its stream, which is the training stream from then on; `hogwild`, on another
+        thread, on the training stream as well.
+        """
+        if not hogwild:
+            self._training = torch.cuda.current_stream(self._device)
+        with self._on(self._training):
+            self._training.wait_event(self._copied)
+            yield self._parts
+            self._merged.record()
+
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Work on `stream`; a thread whose GPU is another one gets it back without making a context there."""
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            yield
 
 
 class Arriving:
@@ -80,7 +95,7 @@ class Arriving:
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._copied = torch.cuda.Event(blocking=True)
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(values.device))
 
     def get(self) -> Tensor:
@@ -91,25 +106,31 @@ class Arriving:
 
 
 class PageLock:
-    """Lets GPUs copy from and to `memory`, of the host, beside other work; `release` it before it is unmapped."""
+    """Lets `gpu` copy from and to `memory`, of the host, beside other work; `release` it before it is unmapped."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self._memory: Tensor | None = None
-        if memory.numel() == 0:
-            return
-        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        if code == 0:
-            self._memory = memory
-        else:
-            logger.warning(
-                "%d bytes cannot be page-locked (CUDA error %d): copies wait for one another", memory.nbytes, code
-            )
+    def __init__(self, memory: Tensor, gpu: torch.device) -> None:
+        self._memory, self._gpu = memory, gpu
+        self._held = memory.numel() > 0 and self._succeeded(
+            lambda cuda: cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        )
 
     def release(self) -> None:
         """Give the lock back; idempotent."""
-        if self._memory is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-            self._memory = None
+        if self._held:
+            self._held = False
+            self._succeeded(lambda cuda: cuda.cudaHostUnregister(self._memory.data_ptr()))
+
+    def _succeeded(self, call: Callable[[Any], Any]) -> bool:
+        with torch.cuda.device(self._gpu):
+            code = int(call(torch.cuda.cudart()))  # type: ignore[no-untyped-call]
+            if code == 0:
+                return True
+            with suppress(RuntimeError):  # CUDA reports an error again at the next kernel, whoever starts it
+                torch.zeros(1, device=self._gpu)
+        logger.warning(
+            "%d bytes are not page-locked (CUDA error %d): copies wait for one another", self._memory.nbytes, code
+        )
+        return False
 
 
 def _runs(places: Sequence[int], parts: Sequence[slice]) -> list[tuple[slice, slice]]:

@@ -59,8 +59,8 @@ class RoundMetrics:
 
     def snapshot(self) -> dict[str, float]:
         """Return the figures so far."""
+        self.settle()
         with self.lock:
-            self._settle()
             per_round = 1.0 / self.rounds if self.rounds else math.nan
             return {
                 "steps": self.steps,
@@ -78,12 +78,13 @@ class RoundMetrics:
                 "searching": float(self.searching),
             }
 
-    def _settle(self) -> None:
-        """Find out what the last merge kept: not at the merge, which would wait for a GPU then."""
-        if self.progress is not None:
-            surviving, self.progress = self.progress(), None
-            if not math.isnan(surviving):
-                self.surviving_progress = surviving
+    def settle(self) -> None:
+        """Find out what the last merge kept; not at the merge, which would wait for a GPU then."""
+        with self.lock:
+            progress, self.progress = self.progress, None
+        surviving = math.nan if progress is None else progress()
+        if not math.isnan(surviving):
+            self.surviving_progress = surviving
 
     def restore(self, counters: Mapping[str, int]) -> None:
         """Go on counting from the counters of a checkpoint."""

@@ -29,7 +29,7 @@ from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
 from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.reducers import OwnerMean
-from hvd_shadowsync.replica import Merge, Replica
+from hvd_shadowsync.replica import Replica
 from hvd_shadowsync.rounds import Rounds
 from hvd_shadowsync.shadow import Driver, Foreground, ShadowThread
 from hvd_shadowsync.warmup import Warmup
@@ -208,14 +208,12 @@ class ShadowSync:
             return
         self._meet()
         own, integers = self._replica.empty(), self._replica.empty_integers()
-        self._replica.snapshot(own)
-        self._replica.snapshot_integers(integers)
+        self._replica.read(own, integers)
         self.synchronize()
         try:
             yield
         finally:
-            self._replica.merge(own, Merge.ASSIGN)
-            self._replica.assign_integers(integers)
+            self._replica.write(own, integers)
 
     def metrics(self, *, merged: bool = False) -> dict[str, float]:
         """Return what `metrics.RoundMetrics` documents, of this rank or, collectively, of all (`merged=True`)."""
@@ -248,6 +246,15 @@ class ShadowSync:
         self._meet()
         return self._exchange("gather()", value)
 
+    def settle(self) -> None:
+        """Consolidate if rounds have begun; until this rank's next step there is none under way (collective).
+
+        For whoever replaces the weights of a training that goes on: what is merged afterwards was made of the old ones.
+        """
+        self._require_open("settle()")
+        if self._driver is not None:
+            self._driver.synchronize()
+
     def state_dict(self) -> dict[str, Any]:
         """Consolidate, then return everything that rounds remember, by parameter name (collective).
 
@@ -260,6 +267,8 @@ class ShadowSync:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from the live weights, which were loaded, and `state`, or none, on every rank (collective).
 
+        With `apply="hogwild"` call `settle()` before the weights are loaded, if rounds have begun.
+
         Of another algorithm's `state` the counters are taken over, with a warning.
         """
         self._require_open("load_state_dict()")
@@ -268,10 +277,9 @@ class ShadowSync:
             self._remember(state)
             return
         loaded = self._replica.empty()
-        self._replica.snapshot(loaded)
-        if self._driver is not None:
-            self._driver.synchronize()
-        self._replica.merge(loaded, Merge.ASSIGN)
+        self._replica.read(loaded)
+        self.settle()
+        self._replica.write(loaded)
         self._loaded = state or None
         self._start()
         if self._driver is not None:

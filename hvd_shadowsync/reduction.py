@@ -87,7 +87,7 @@ class Reduction:
         if memory is None:
             return replica.empty()
         snapshot = memory.snapshots[memory.rank]
-        self._page_lock = PageLock(snapshot) if replica.pinned else None
+        self._page_lock = PageLock(snapshot, replica.gpus[0]) if replica.gpus else None
         return snapshot
 
     def begin(self, anchor: Tensor) -> Reducer:

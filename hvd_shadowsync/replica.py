@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -59,28 +60,30 @@ class Segment:
 class FlatLayout:
     """How tensors lie in one flat vector of `dtype` in the host's memory, one after the other, and how they are copied.
 
-    Tensors on GPUs go through a staging buffer there (`gpus.Staging`), made when it is first needed.
+    Two ways: `read` and `write` on the thread that owns the tensors, on whatever devices; `download`, `upload` and
+    `merging` for rounds, which on GPUs go through a staging buffer of theirs (`gpus.Staging`).
     """
 
     def __init__(self, tensors: Sequence[NamedTensor], dtype: torch.dtype) -> None:
         self.tensors, self.dtype = list(tensors), dtype
         self.segments = _lay_out(self.tensors)
         self.numel = self.segments[-1].stop if self.segments else 0
-        places = [each.tensor.device if each.tensor.is_cuda else None for each in self.tensors]
-        self._on_host = [index for index, place in enumerate(places) if place is None]
-        self._on_gpus = {
-            gpu: [i for i, place in enumerate(places) if place == gpu] for gpu in places if gpu is not None
-        }
+        self._on_host: list[int] = []
+        self._on_gpus: dict[torch.device, list[int]] = {}
+        for index, each in enumerate(self.tensors):
+            mine = self._on_gpus.setdefault(each.tensor.device, []) if each.tensor.is_cuda else self._on_host
+            mine.append(index)
+        self._training = {gpu: torch.cuda.current_stream(gpu) for gpu in self._on_gpus}
         self._stagings: dict[torch.device, Staging] = {}
 
     @property
-    def pinned(self) -> bool:
-        """Whether some of the tensors are on GPUs, so that vectors should be page-locked."""
-        return bool(self._on_gpus)
+    def gpus(self) -> list[torch.device]:
+        """The GPUs that tensors are on."""
+        return list(self._on_gpus)
 
     def empty(self) -> Tensor:
         """Return a new flat vector, page-locked where tensors are on a GPU."""
-        return torch.empty(self.numel, dtype=self.dtype, pin_memory=self.pinned)
+        return torch.empty(self.numel, dtype=self.dtype, pin_memory=bool(self._on_gpus))
 
     def lives(self, *, unnoticed: bool = False) -> list[Tensor]:
         """Return the live values, as `NamedTensor.live` does."""
@@ -90,43 +93,51 @@ class FlatLayout:
         """Return the tensors' parts of `flat`, which may end before the last of them."""
         return [flat[segment.start : segment.stop] for segment in self.segments if segment.stop <= flat.numel()]
 
-    def download(self, out: Tensor) -> None:
+    def read(self, out: Tensor) -> None:
         """Copy the live values into `out`."""
+        for live, part in zip(self.lives(), self.split(out), strict=True):
+            part.view(live.shape).copy_(live)
+
+    def write(self, flat: Tensor) -> None:
+        """Set the live values to `flat`."""
+        for live, part in zip(self.lives(), self.split(flat), strict=True):
+            live.copy_(part.view(live.shape))
+
+    def download(self, out: Tensor) -> None:
+        """Copy the live values into `out`, beside training."""
         lives = self.lives()
         for staging, indices in self._gpus():
             staging.download([lives[index] for index in indices], out)
+        parts = self.split(out)
         for index in self._on_host:
-            segment = self.segments[index]
-            out[segment.start : segment.stop].view(lives[index].shape).copy_(lives[index])
+            parts[index].view(lives[index].shape).copy_(lives[index])
         for staging, _ in self._gpus():
             staging.wait()
 
     def upload(self, staged: Tensor) -> None:
-        """Bring what of `staged` belongs to tensors on GPUs there, ready for `parts`."""
+        """Bring what of `staged` belongs to tensors on GPUs there, for `merging`; no download comes in between."""
         for staging, _ in self._gpus():
             staging.upload(staged)
         for staging, _ in self._gpus():
             staging.wait()
 
-    def parts(self, staged: Tensor, lives: Sequence[Tensor]) -> list[Tensor]:
-        """Return the parts of `staged`, each where its live tensor is and in its shape; `upload` came before."""
+    @contextmanager
+    def merging(self, staged: Tensor, *, hogwild: bool = False) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Give the live tensors and the parts of `staged`, which was uploaded, each where its live tensor is."""
+        lives = self.lives(unnoticed=hogwild)
         parts = [part.view(live.shape) for part, live in zip(self.split(staged), lives, strict=True)]
-        for staging, indices in self._gpus():
-            for index, part in zip(indices, staging.parts(), strict=True):
-                parts[index] = part
-        return parts
-
-    def merged(self) -> None:
-        """Take note that the calling thread is through with `parts`."""
-        for staging, _ in self._gpus():
-            staging.merged()
+        with ExitStack() as stack:
+            for staging, indices in self._gpus():
+                for index, part in zip(indices, stack.enter_context(staging.merging(hogwild=hogwild)), strict=True):
+                    parts[index] = part
+            yield lives, [part.to(live.device) for part, live in zip(parts, lives, strict=True)]
 
     def _gpus(self) -> Iterator[tuple[Staging, list[int]]]:
         for gpu, indices in self._on_gpus.items():
             if gpu not in self._stagings:
                 lives = [self.tensors[index].live() for index in indices]
                 places = [self.segments[index].start for index in indices]
-                self._stagings[gpu] = Staging(gpu, lives, places, self.dtype)
+                self._stagings[gpu] = Staging(self._training[gpu], lives, places, self.dtype)
             yield self._stagings[gpu], indices
 
 
@@ -151,9 +162,9 @@ class Replica:
         self._starts = [segment.start for segment in self.segments]
 
     @property
-    def pinned(self) -> bool:
-        """Whether some of the real-valued tensors are on GPUs."""
-        return self._reals.pinned
+    def gpus(self) -> list[torch.device]:
+        """The GPUs that real-valued tensors are on."""
+        return self._reals.gpus
 
     @property
     def fingerprint(self) -> int:
@@ -169,8 +180,21 @@ class Replica:
         """Return a new vector for the integer buffers, int64."""
         return self._integers.empty()
 
+    def read(self, out: Tensor, integers: Tensor | None = None) -> None:
+        """Copy the live values into the flat vector `out`, integer buffers into `integers`, on the training thread."""
+        self._reals.read(out)
+        if integers is not None:
+            self._integers.read(integers)
+
+    @torch.no_grad()
+    def write(self, flat: Tensor, integers: Tensor | None = None) -> None:
+        """Set the live values to `flat`, integer buffers to `integers`, on the training thread."""
+        self._reals.write(flat)
+        if integers is not None:
+            self._integers.write(integers)
+
     def snapshot(self, out: Tensor) -> None:
-        """Copy the live values into the flat vector `out`."""
+        """Copy the live values into the flat vector `out`, on any thread, beside training; for rounds."""
         self._reals.download(out)
 
     def snapshot_part(self, out: Tensor, part: slice) -> None:
@@ -188,7 +212,7 @@ class Replica:
                 out[segment.start : segment.stop].view(live.shape).copy_(live)
 
     def snapshot_integers(self, out: Tensor) -> None:
-        """Copy the integer buffers into `out`."""
+        """Copy the integer buffers into `out`, as `snapshot` does."""
         self._integers.download(out)
 
     def upload(self, staged: Tensor, integers: Tensor | None = None) -> None:
@@ -198,30 +222,22 @@ class Replica:
             self._integers.upload(integers)
 
     @torch.no_grad()
-    def merge(
-        self, staged: Tensor, how: Merge, alpha: float = 1.0, *, hogwild: bool = False, uploaded: bool = False
-    ) -> None:
-        """Bring the flat vector `staged` into the live tensors; `hogwild` lets autograd take no notice.
+    def merge(self, staged: Tensor, how: Merge, alpha: float = 1.0, *, hogwild: bool = False) -> None:
+        """Bring the flat vector `staged`, which was uploaded, into the live tensors.
 
-        With `uploaded`, it is on the GPUs already: `upload` was called with it since the last merge.
+        With `hogwild` autograd takes no notice, and the thread may be any.
         """
-        if not self.tensors:
-            return
-        if not uploaded:
-            self._reals.upload(staged)
-        lives = self._reals.lives(unnoticed=hogwild)
-        _APPLY[how](lives, self._reals.parts(staged, lives), alpha)
-        self._reals.merged()
+        if self.tensors:
+            with self._reals.merging(staged, hogwild=hogwild) as (lives, parts):
+                _APPLY[how](lives, parts, alpha)
 
     @torch.no_grad()
-    def assign_integers(self, staged: Tensor, *, uploaded: bool = False) -> None:
-        """Set the integer buffers to `staged`; `uploaded` as in `merge`."""
-        if not uploaded:
-            self._integers.upload(staged)
-        lives = self._integers.lives()
-        for live, part in zip(lives, self._integers.parts(staged, lives), strict=True):
-            live.copy_(part)
-        self._integers.merged()
+    def assign_integers(self, staged: Tensor, *, hogwild: bool = False) -> None:
+        """Set the integer buffers to `staged`, which was uploaded."""
+        if self.integers:
+            with self._integers.merging(staged, hogwild=hogwild) as (lives, parts):
+                for live, part in zip(lives, parts, strict=True):
+                    live.copy_(part)
 
     def head(self, most: int) -> Arriving:
         """Return the first values, `most` at most and those that are in one place, as they are now; does not wait."""

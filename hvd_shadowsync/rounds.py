@@ -55,9 +55,9 @@ class Staged:
         """Bring the result into the live tensors; return what of the progress in flight is left, where it is told."""
         count = 0 if self.sample is None else self.sample.numel()
         before = self.replica.head(count)
-        self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild, uploaded=True)
+        self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild)
         if self.integers is not None:
-            self.replica.assign_integers(self.integers, uploaded=True)
+            self.replica.assign_integers(self.integers, hogwild=hogwild)
         if self.sample is None:
             return None
         staged = self.vector[:count]
@@ -133,7 +133,7 @@ class Rounds:
         with self.lock:
             self.replica = self.wanted_replica = replica
             self._allocate()
-            replica.snapshot(self._snapshot)
+            replica.read(self._snapshot)
             self._poller.wait([self._comm.ibcast(self._snapshot)])
             self._set_anchor(self._snapshot)
 
@@ -217,6 +217,7 @@ class Rounds:
     def _round(self, weights: tuple[float, ...]) -> Staged:
         begun, spent, sent = time.monotonic(), time.thread_time(), self._reducer.bytes_sent
         fill = self._begin_snapshot()
+        self._metrics.settle()  # a snapshot from a GPU has waited for the last merge by now
         sample: Tensor | None = None
         squared = [0.0, 0.0]
         for part, reduced in self._reducer.reduce(self._snapshot, weights, fill):
@@ -225,18 +226,19 @@ class Rounds:
             for piece, values in self._weights_and_buffers(part, reduced):
                 anchor = self._update(piece, values)
                 self._stage(piece, anchor, squared)
+        how = Merge.ADD if self._options.merge == "delta" else Merge.PULL
+        staged = self._staged(how, Verdict.ROUND, sample)
         took_s = time.monotonic() - begun
         self._last_cost_s = self._cost_s(took_s, time.thread_time() - spent)
         with self._metrics.lock:
             self._metrics.in_flight_s += took_s
             self._metrics.bytes_sent += self._reducer.bytes_sent - sent
             self._metrics.distance = math.sqrt(squared[0] / squared[1]) if squared[1] > 0 else math.nan
-        how = Merge.ADD if self._options.merge == "delta" else Merge.PULL
-        return self._staged(how, Verdict.ROUND, sample)
+        return staged
 
     def _begin_snapshot(self) -> Fill:
         """Take the snapshot, or leave it to the reducer to take each slice just before it is on the wire."""
-        if not self._reducer.sliced or self.replica.pinned:
+        if not self._reducer.sliced or self.replica.gpus:
             self._take_snapshot()
             return as_it_is
         self._steps = self._metrics.steps

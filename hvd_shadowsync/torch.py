@@ -12,8 +12,8 @@ try:
     from horovod.torch import *  # noqa: F403
 except ImportError as error:
     raise ImportError(
-        f"hvd_shadowsync.torch needs Horovod ({error}); install it (0.28.1 has to be compiled as C++17, see the README), or use "
-        "hvd_shadowsync.ShadowSync, which needs mpi4py alone"
+        f"hvd_shadowsync.torch needs Horovod ({error}); install it (with torch 2.1 or later 0.28.1 has to be "
+        "compiled as C++17, see the README), or use hvd_shadowsync.ShadowSync, which needs mpi4py alone"
     ) from error
 
 from hvd_shadowsync import broadcast

@@ -41,8 +41,8 @@ def main() -> None:
     loop = Loop(task, contender, slow=options.slow == place.rank)
     record = {"rank": place.rank, "dense_bytes": dense_bytes, "sync_gap_steps": contender.sync_gap_steps}
     record |= measure(loop, meeting, period, options.warmup, options.seconds)
-    meeting.wait()
     (options.folder / f"rank{place.rank}.json").write_text(json.dumps(record))
+    meeting.wait()
     contender.close()
     meeting.wait()
     if embedding is not None and hasattr(embedding, "close"):

@@ -27,9 +27,12 @@ from hvd_shadowsync import (
     checkpoint,
 )
 from hvd_shadowsync.algorithms import Algorithm
+from hvd_shadowsync.ballot import Verdict
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
+from hvd_shadowsync.gpus import PageLock
 from hvd_shadowsync.replica import Merge, NamedTensor, Replica
+from hvd_shadowsync.rounds import Staged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -65,7 +68,7 @@ def train_until(
 
 
 def mixed_tensors(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Return weights of many kinds and layouts, and buffers, all small whole numbers; every third stays on the host."""
+    """Return weights of many kinds and layouts, and buffers, all small whole numbers; every third is on the host."""
     generator = torch.Generator().manual_seed(3)
 
     def numbers(*shape: int) -> Tensor:
@@ -84,7 +87,7 @@ def mixed_tensors(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         numbers(6, 6)[::2, 1::2],
     ]
     buffers = [numbers(3), torch.tensor(7), numbers(4) > 0, torch.arange(5, dtype=torch.uint8)]
-    places = [each.to(device) if index % 3 else each for index, each in enumerate(weights + buffers)]
+    places = [each.to(device) if index % 3 < 2 else each for index, each in enumerate(weights + buffers)]
     return places[: len(weights)], places[len(weights) :]
 
 
@@ -106,7 +109,7 @@ def test_copies_and_merges_are_those_of_the_host(dtype: torch.dtype) -> None:
     here = Replica(named_weights, [NamedTensor(f"buffer{index}", each) for index, each in enumerate(buffers)])
     there = replica_on(torch.device("cpu"), weights, buffers)
     places = [(each.tensor.data_ptr(), each.tensor.stride()) for each in here.tensors]
-    assert here.pinned
+    assert here.gpus == [GPU]
     assert here.empty().is_pinned()
     assert here.fingerprint == there.fingerprint
 
@@ -126,12 +129,19 @@ def test_copies_and_merges_are_those_of_the_host(dtype: torch.dtype) -> None:
         staged, counts = flat * 2 + 2, integers + 1
         here.upload(staged.pin_memory(), counts)
         for replica in (here, there):
-            uploaded = replica is here
-            replica.merge(staged, how, alpha, uploaded=uploaded)
-            replica.assign_integers(counts, uploaded=uploaded)
+            replica.merge(staged, how, alpha)
+            replica.assign_integers(counts)
         for left, right in zip(contents(here), contents(there), strict=True):
             assert torch.equal(left, right)
-        assert torch.equal(here.head(64).get(), there.head(64).get()[: here.head(64).get().numel()])
+        head = here.head(64).get()
+        assert head.numel() == 27, "the first two, which are on the GPU; then comes one on the host"
+        assert torch.equal(head, there.head(27).get())
+        for replica in (here, there):
+            values, numbers = replica.empty(), replica.empty_integers()
+            replica.read(values, numbers)
+            replica.write(values + 1, numbers + 1)
+        for left, right in zip(contents(here), contents(there), strict=True):
+            assert torch.equal(left, right)
     assert places == [(each.tensor.data_ptr(), each.tensor.stride()) for each in here.tensors]
 
 
@@ -142,7 +152,7 @@ def test_a_snapshot_comes_after_the_steps_before_it_and_a_merge_before_those_aft
             weights = torch.zeros(1 << 20, device=GPU)
             replica = Replica([NamedTensor("weights", weights)])
             flat = replica.empty()
-            replica.merge(flat.fill_(1.0), Merge.ASSIGN)
+            replica.write(flat.fill_(1.0))
             for round_number in range(5):
                 torch.cuda._sleep(50_000_000)
                 weights.add_(1.0)
@@ -150,7 +160,7 @@ def test_a_snapshot_comes_after_the_steps_before_it_and_a_merge_before_those_aft
                 assert (flat == 2.0 + 2 * round_number).all()
                 replica.upload(flat.fill_(1.0))
                 torch.cuda._sleep(50_000_000)
-                replica.merge(flat, Merge.ADD, uploaded=True)
+                replica.merge(flat, Merge.ADD)
                 flat.fill_(-7.0)
             stream.synchronize()
             assert (weights == 11.0).all()
@@ -162,10 +172,60 @@ def test_an_upload_waits_for_the_merge_of_the_one_before() -> None:
     flat = replica.empty()
     replica.upload(flat.fill_(1.0))
     torch.cuda._sleep(200_000_000)
-    replica.merge(flat, Merge.ADD, uploaded=True)
+    replica.merge(flat, Merge.ADD)
     replica.upload(flat.fill_(100.0))
     torch.cuda.synchronize()
     assert (weights == 1.0).all()
+
+
+def test_reading_and_writing_leave_what_was_uploaded() -> None:
+    """The training thread may do so, for averaged weights say, while a result waits to be merged."""
+    weights = torch.zeros(1 << 20, device=GPU)
+    replica = Replica([NamedTensor("weights", weights)])
+    flat, own = replica.empty(), replica.empty()
+    replica.snapshot(flat)
+    replica.upload(flat.fill_(1.0))
+    replica.read(own)
+    replica.write(own.fill_(5.0))
+    replica.merge(flat, Merge.ADD)
+    assert (weights == 6.0).all()
+
+
+def test_a_merge_returns_while_the_gpu_is_busy() -> None:
+    """Whoever waits for the GPU leaves it idle afterwards."""
+    weights = torch.zeros(1 << 10, device=GPU)
+    counter = torch.zeros(1, dtype=torch.int64, device=GPU)
+    replica = Replica([NamedTensor("weights", weights)], [NamedTensor("counter", counter)])
+    flat, integers = replica.empty(), replica.empty_integers()
+    staged = Staged(replica, flat, integers, Merge.ADD, 1.0, Verdict.ROUND, 1, sample=torch.zeros(256))
+    for _ in range(3):
+        replica.snapshot(flat)
+        replica.upload(flat.fill_(1.0), integers.fill_(5))
+        torch.cuda._sleep(500_000_000)
+        weights.add_(1.0)
+        progress = staged.merge()
+        after = torch.cuda.Event()
+        after.record()
+        assert not after.query(), "the merge came back only when the GPU was through"
+        assert progress is not None
+        assert math.isfinite(progress.surviving())
+        torch.cuda.synchronize()
+    assert (weights == 6.0).all()
+    assert counter.item() == 5
+
+
+def test_memory_that_is_page_locked_already_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    memory = torch.zeros(1 << 20)
+    first = PageLock(memory, GPU)
+    assert memory.is_pinned()
+    second = PageLock(memory, GPU)
+    assert "not page-locked" in caplog.text
+    assert torch.zeros(4, device=GPU).add_(1).sum().item() == 4.0, "the error is forgotten"
+    second.release()
+    assert memory.is_pinned()
+    first.release()
+    first.release()
+    assert not memory.is_pinned()
 
 
 def test_memory_on_the_gpu_is_one_vector_more() -> None:
@@ -177,7 +237,7 @@ def test_memory_on_the_gpu_is_one_vector_more() -> None:
     for _ in range(3):
         replica.snapshot(flat)
         replica.upload(flat)
-        replica.merge(flat, Merge.ADD, uploaded=True)
+        replica.merge(flat, Merge.ADD)
     assert torch.cuda.max_memory_allocated() - before < 1.01 * weights.nbytes
 
 

@@ -1507,11 +1507,12 @@ def test_what_could_not_be_loaded_again_is_refused_at_saving(tmp_path: Path) -> 
         assert checkpoint.load(tmp_path / "file.pt", model, sync) == {"epoch": 3}
 
 
-def test_what_is_loaded_while_rounds_are_under_way_is_what_the_file_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("apply", ["boundary", "hogwild"])
+def test_what_is_loaded_while_rounds_are_under_way_is_what_the_file_holds(apply: str, tmp_path: Path) -> None:
     def program(comm: Communicator) -> None:
         model = make_model(comm.rank)
         optimizer = sgd(model, lr=0.3)
-        with ShadowSync(optimizer, model=model, communicator=comm, sync_every=1) as sync:
+        with ShadowSync(optimizer, model=model, communicator=comm, sync_every=1, apply=apply) as sync:
             checkpoint.save(tmp_path / "file.pt", model, sync)
             saved = checkpoint.read(tmp_path / "file.pt")["model"]
             for attempt in range(20):

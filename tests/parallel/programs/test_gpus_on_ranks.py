@@ -52,6 +52,8 @@ def test_rounds(comm: Communicator, algorithm: Algorithm, way: str, mixed: bool)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     with ShadowSync(optimizer, model=model, algorithm=algorithm, sync_every=2, **WAYS[way]) as sync:
         steps(model, optimizer, data, 40)
+        if comm.size > 1 and next(model.parameters()).is_cuda:
+            assert sync._begun().rounds._snapshot.is_pinned()
         while comm.size > 1 and sync.metrics()["rounds"] < 4:
             steps(model, optimizer, data, 2 if way != "foreground" else 40)
         sync.synchronize()
