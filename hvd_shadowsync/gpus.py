@@ -106,13 +106,18 @@ class Arriving:
 
 
 class PageLock:
-    """Lets `gpu` copy from and to `memory`, of the host, beside other work; `release` it before it is unmapped."""
+    """Lets `gpu` copy from and to `memory`, of the host, by itself; `release` it before it is unmapped.
+
+    Where CUDA cannot, copies still work, but take CPU time of the thread that asks for them.
+    """
 
     def __init__(self, memory: Tensor, gpu: torch.device) -> None:
         self._memory, self._gpu = memory, gpu
         self._held = memory.numel() > 0 and self._succeeded(
             lambda cuda: cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
         )
+        if self._held and not memory.is_pinned():
+            logger.info("%d bytes were page-locked without effect: copies take CPU time", memory.nbytes)
 
     def release(self) -> None:
         """Give the lock back; idempotent."""
@@ -127,9 +132,7 @@ class PageLock:
                 return True
             with suppress(RuntimeError):  # CUDA reports an error again at the next kernel, whoever starts it
                 torch.zeros(1, device=self._gpu)
-        logger.warning(
-            "%d bytes are not page-locked (CUDA error %d): copies wait for one another", self._memory.nbytes, code
-        )
+        logger.warning("%d bytes are not page-locked (CUDA error %d): copies take CPU time", self._memory.nbytes, code)
         return False
 
 

@@ -52,8 +52,6 @@ def test_rounds(comm: Communicator, algorithm: Algorithm, way: str, mixed: bool)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
     with ShadowSync(optimizer, model=model, algorithm=algorithm, sync_every=2, **WAYS[way]) as sync:
         steps(model, optimizer, data, 40)
-        if comm.size > 1 and next(model.parameters()).is_cuda:
-            assert sync._begun().rounds._snapshot.is_pinned()
         while comm.size > 1 and sync.metrics()["rounds"] < 4:
             steps(model, optimizer, data, 2 if way != "foreground" else 40)
         sync.synchronize()
@@ -65,7 +63,7 @@ def test_rounds(comm: Communicator, algorithm: Algorithm, way: str, mixed: bool)
 
 
 def test_no_step_is_lost_in_shared_memory(comm: Communicator) -> None:
-    """Ten million weights, whose memory is shared and page-locked, in many blocks: each has its mean of the steps."""
+    """Ten million weights, whose memory is shared, in many blocks: each has its mean of the steps."""
     direction = (1 + torch.arange(10_000_019) % 7).float().cuda()
     weights = torch.nn.Parameter(torch.zeros_like(direction))
     optimizer = torch.optim.SGD([weights], lr=0.5)
