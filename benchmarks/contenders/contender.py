@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -69,6 +69,7 @@ class Contender:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    _: KW_ONLY
     period_steps: int | None
     sync_gap_steps: float | None
     metrics: Callable[[], dict[str, float]] = dict

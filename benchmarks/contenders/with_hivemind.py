@@ -55,7 +55,7 @@ def make(asked: Asked) -> Contender:
         sys.stderr.flush()
         os._exit(0)  # an orderly end waits for time-outs; what is left of it ends with the run's processes
 
-    return Contender(asked.task.model, optimizer, None, None, metrics, close)
+    return Contender(asked.task.model, optimizer, period_steps=None, sync_gap_steps=None, metrics=metrics, close=close)
 
 
 def wait_for(peers: Path) -> list[str]:

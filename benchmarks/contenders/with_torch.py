@@ -32,4 +32,6 @@ def make(asked: Asked) -> Contender:
     averager = PeriodicModelAverager(period=asked.every, warmup_steps=0)
     optimizer = PostLocalSGDOptimizer(asked.task.optimizer(), averager)
     every = asked.every
-    return Contender(model, optimizer, every, float(every), close=dist.destroy_process_group)
+    return Contender(
+        model, optimizer, period_steps=every, sync_gap_steps=float(every), close=dist.destroy_process_group
+    )

@@ -63,7 +63,8 @@ def make(asked: Asked) -> Contender:
 
     # The store and the lighthouse live as long as `close` does.
     close.keeps = (store, lighthouse, manager)  # type: ignore[attr-defined]
-    return Contender(model, optimizer, asked.every, float(asked.every), close=close)
+    every = asked.every
+    return Contender(model, optimizer, period_steps=every, sync_gap_steps=float(every), close=close)
 
 
 def averaging_of(asked: Asked, manager: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:

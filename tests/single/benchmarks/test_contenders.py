@@ -68,7 +68,7 @@ def task() -> Task:
 @pytest.mark.parametrize("period", [1, 4])
 def test_a_measurement_of_one_rank(tmp_path: Path, period: int) -> None:
     made = task()
-    contender = Contender(made.model, made.optimizer(), period, float(period))
+    contender = Contender(made.model, made.optimizer(), period_steps=period, sync_gap_steps=float(period))
     [meeting] = meetings(tmp_path / "meeting", 1)
     found = train.measure(train.Loop(made, contender, slow=False), meeting, period, 0.0, 1e-9)
     assert found["steps"] == period
@@ -79,8 +79,9 @@ def test_a_measurement_of_one_rank(tmp_path: Path, period: int) -> None:
 def test_synchronisation_pauses_in_turns(tmp_path: Path) -> None:
     made, said = task(), []
     contender = Contender(
-        made.model, made.optimizer(), None, None, pause=lambda: said.append("pause"), resume=lambda: said.append("on")
-    )
+        made.model, made.optimizer(), period_steps=None, sync_gap_steps=None,
+        pause=lambda: said.append("pause"), resume=lambda: said.append("on"),
+    )  # fmt: skip
     [meeting] = meetings(tmp_path / "meeting", 1)
     found = train.measure(train.Loop(made, contender, slow=False), meeting, None, 0.0, 0.01)
     assert said == ["pause", "on"] * train.TURNS
@@ -96,7 +97,8 @@ def test_a_slow_rank_sleeps_as_long_as_it_works(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(train.time, "thread_time", lambda: float(next(clock)))
     made = task()
     for slow in (False, True):
-        loop = train.Loop(made, Contender(made.model, made.optimizer(), None, None), slow=slow)
+        contender = Contender(made.model, made.optimizer(), period_steps=None, sync_gap_steps=None)
+        loop = train.Loop(made, contender, slow=slow)
         assert loop.train(steps=5)[0] == 5
     assert slept == [1.0] * 5
 
