@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SERVING_PAUSES = Poller(eager=1, shortest_s=0.0005, longest_s=0.004, growth=1.2)
 SHARE_OF_A_ROUND, LONGEST_SERVING_PAUSE_S = 0.2, 0.02
+MOST_COUNTED = 2.0
 REPORT_WAIT_S = 30.0
 
 
@@ -132,7 +133,7 @@ class ShadowThread(Driver):
         self._wake_at_step = math.inf
         self._steps_at_round = metrics.steps
         self._round_began = time.monotonic()
-        self._spent_mark = 0.0
+        self._spent_mark = self._counted_mark = 0.0
         self._ahead_s = pacing.head_start_s
         self._meetings = self._consolidations = 0
         self._stopped = False
@@ -232,7 +233,7 @@ class ShadowThread(Driver):
             torch.set_num_threads(1)
             self._ready.set()
             sleep_on_time()
-            self._spent_mark = self._spent_s()
+            self._spent_mark = self._counted_mark = self._spent_s()
             while self._round() is not Verdict.STOP:
                 pass
         except BaseException as failure:
@@ -270,9 +271,13 @@ class ShadowThread(Driver):
     def _await_turn(self) -> Intent:
         """Return once a round is due, with what the training thread is about by then.
 
-        What the waiting itself costs is not waited for: each look at the clock would put the round off by many looks.
+        What the waiting itself costs is not waited for now: each look at the clock would put the round off by many
+        looks. The next wait counts it, up to as much again as the round: answering others' requests costs about that.
         """
-        most_s = max(self._spent_s() - self._spent_mark, self.rounds.most_spent_s)
+        now_s = self._spent_s()
+        own_s = min(now_s - self._counted_mark, MOST_COUNTED * (now_s - self._spent_mark))
+        self._counted_mark = now_s
+        most_s = max(own_s, self.rounds.most_spent_s)
         spent_s, self._ahead_s = max(0.0, most_s - self._ahead_s), max(0.0, self._ahead_s - most_s)
         while True:
             self._wake.clear()

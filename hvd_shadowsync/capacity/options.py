@@ -66,6 +66,7 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {
             "CPU microseconds to look whether a reduction is through",
         ),
         ("--cpu-us-per-message", _number, COSTS.cpu_us_per_message, "CPU microseconds for a message"),
+        ("--cpu-us-per-round", _number, COSTS.cpu_us_per_round, "CPU microseconds of a round, however few its bytes"),
     ],
     "ways": [
         ("--overlap", _number, SETTING.overlap, "share of a step in which per-step allreduce hides behind backward"),

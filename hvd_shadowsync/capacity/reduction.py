@@ -130,11 +130,15 @@ def foreground(setting: Setting) -> Reduction:
 
 
 def vote(setting: Setting) -> Reduction:
-    """Return the time of a vote: each of P ranks sends 40 bytes to each other one (`MPI_Iallgather` in Open MPI)."""
+    """Return the time of a vote, with what a round costs however few its bytes are.
+
+    Each of P ranks sends 40 bytes to each other one (`MPI_Iallgather` in Open MPI).
+    """
     cluster = setting.cluster
     if cluster.ranks == 1:
         return NOTHING
-    cpu_s = (cluster.ranks - 1) * setting.costs.cpu_us_per_message * 1e-6
+    costs = setting.costs
+    cpu_s = 1e-6 * (costs.cpu_us_per_round + (cluster.ranks - 1) * costs.cpu_us_per_message)
     far_bytes = VOTE_BYTES * cluster.ranks_per_host * (cluster.ranks - cluster.ranks_per_host)
     latency_s = cluster.latency_us * 1e-6 if cluster.hosts > 1 else NEAR_LATENCY_S
     return Reduction(latency_s + max(far_bytes / cluster.bytes_per_s, cpu_s * cluster.crowding), cpu_s)

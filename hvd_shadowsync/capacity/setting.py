@@ -127,24 +127,27 @@ class Chunking:
 
 @dataclass(frozen=True)
 class Costs:
-    """CPU time of one rank, measured on virtual cores of an AMD EPYC. GB are 10^9 bytes.
+    """CPU time of one rank, measured on virtual cores of an Intel Xeon (family 6, model 207). GB are 10^9 bytes.
 
     Attributes:
-        cpu_s_per_gb: seconds for a GB put on the wire: TCP on both sides, and its sum; default 0.6. With the looks that
-            makes 22 ms of a polled ring of 16 MB over 4 hosts of 1 Gbit/s, which took 20, and 35 beside other jobs.
+        cpu_s_per_gb: seconds for a GB put on the wire: TCP on both sides, and its sum; default 1.2: with the looks,
+            reductions of 16 and 64 MB between 2, 4 and 8 hosts of 1 Gbit/s took 1.2 to 1.6. (0.6 on an AMD EPYC.)
         round_cpu_s_per_gb: seconds for a GB of weights in a round: snapshot, update, staging, sums; default 0.4.
         merge_cpu_s_per_gb: seconds for a GB of weights that the training thread merges; default 0.1. With the former
             0.5: rounds of 16 MiB on one host took 8.7 ms, of which 1.7 to merge.
+        cpu_us_per_round: microseconds of a round, however few its bytes: the vote, waking up, Python; default 1500:
+            rounds of 0.1 MB between 2 hosts take 1.4 to 2.4 ms.
         cpu_us_per_look: microseconds to wake and look whether a reduction is through; default 30: rings of 1 kB over 8
             and 16 hosts, waited for with pauses of a millisecond, took 27 to 40 a look.
         cpu_us_per_message: microseconds to send a message and take one in; default 10, an assumption.
     """
 
-    cpu_s_per_gb: float = 0.6
+    cpu_s_per_gb: float = 1.2
     round_cpu_s_per_gb: float = 0.4
     merge_cpu_s_per_gb: float = 0.1
     cpu_us_per_look: float = 30.0
     cpu_us_per_message: float = 10.0
+    cpu_us_per_round: float = 1500.0
 
     def __post_init__(self) -> None:
         for field_ in fields(self):

@@ -1292,6 +1292,27 @@ def test_the_first_rounds_do_not_wait_for_the_budget(monkeypatch: pytest.MonkeyP
     assert max(waits) < 6
 
 
+def test_the_budget_counts_what_answering_requests_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this clock an exchange with the center takes a second, and the wait before it another one."""
+    monkeypatch.setattr(pacing, "HEAD_START_S", 3e6)
+    monkeypatch.setattr(ShadowThread, "_spent_s", lambda self: float(next(clocks[self.rounds])))
+    clocks: dict[Any, Iterator[int]] = collections.defaultdict(itertools.count)
+    waits: list[float] = []
+    wait_s = Pacing.wait_s
+    monkeypatch.setattr(Pacing, "wait_s", lambda self, **now: waits.append(now["spent_s"]) or wait_s(self, **now))
+
+    def program(comm: Communicator) -> None:
+        slopes = Slopes(comm.rank)
+        algorithm = ElasticAveraging()
+        with ShadowSync(slopes.optimizer, communicator=comm, algorithm=algorithm, cpu_budget=1e-6) as sync:
+            while sync.metrics()["rounds"] < 2 or not any(waits):
+                slopes.step()
+                time.sleep(0.0005)
+
+    on_ranks(2, program)
+    assert max(waits) == 2
+
+
 @pytest.mark.parametrize(("round_s", "longest_s"), [(0.001, 0.004), (0.05, 0.01), (5.0, 0.02)])
 def test_looks_for_requests_are_as_rare_as_rounds_are_long(round_s: float, longest_s: float) -> None:
     assert serving_pauses(round_s).pause_s(10**6) == pytest.approx(longest_s)

@@ -8,7 +8,7 @@ from typing import Any
 from hvd_shadowsync.capacity.setting import Chunking, Cluster, Costs, Job, Setting
 from hvd_shadowsync.pacing import Pacing
 
-FREE = Costs(0.0, 0.0, 0.0, 0.0, 0.0)
+FREE = Costs(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 WHOLE = Chunking(chunk_bytes=1e12, in_flight=1, pause_ms=0.0)
 GB_A_SECOND = Cluster(hosts=4, gbps=8.0, goodput=1.0, latency_us=0.0)
 PLAIN = Setting(
