@@ -25,7 +25,7 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart, and a gre
     "S-MA": "#0072B2", "S-EASGD": "#009E73", "S-BMUF": "#CC79A7",
     "FR-MA": "#0072B2", "FR-EASGD": "#009E73", "FR-BMUF": "#CC79A7",
 }  # fmt: skip
-LINES = ("-", "--", ":", "-.", (0, (1, 4)))
+LINES = ("-", "--", ":", "-.", (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "d", "<", ">", "p", "h", "*", "1")
 PANELS = {
     "peers": ("none", "horovod", "ddp", "post-local", "torchft", "hivemind", "torchrec"),
