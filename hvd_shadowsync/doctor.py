@@ -203,7 +203,8 @@ def examine_horovod(facts: Facts) -> Iterator[Finding]:
     horovod = facts.horovod
     rebuild = "build it with MPI: HOROVOD_WITH_MPI=1 pip install --no-cache-dir --force-reinstall horovod"
     if horovod is None:
-        yield Finding(Level.OK, "Horovod", "not installed; hvd_shadowsync.torch (the swap) needs it, ShadowSync does not")
+        text = "not installed; hvd_shadowsync.torch (the swap) needs it, ShadowSync does not"
+        yield Finding(Level.OK, "Horovod", text)
     elif horovod.error is not None:
         text = f"{horovod.version} is installed but cannot be imported: {horovod.error}"
         yield Finding(Level.WARNING, "Horovod", text, rebuild + "; ShadowSync with mpi4py alone works without it")

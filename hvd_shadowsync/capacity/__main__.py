@@ -30,6 +30,7 @@ from hvd_shadowsync.checks import check_count, check_interval
 CHUNKS = tuple(1e6 * 2**power for power in range(11))
 WORTHWHILE = 0.8
 DECIMALS = (".1f", ".1f", ".1f", ".0f", ".4f", ".1f", ".0f")
+PLOT_FORMATS = (".png", ".pdf", ".svg")
 HEADERS = ["way", "reduction ms", "period ms", "gap, steps", "examples/s", "efficiency", "simulated: gap", "examples/s"]
 
 
@@ -67,7 +68,10 @@ def _predict(args: argparse.Namespace) -> None:
     ]
     print(_as_text([HEADERS, *rows]), *_notes(setting), sep="\n")
     if args.plot:
-        draw(table, args.plot)
+        try:
+            draw(table, args.plot)
+        except OSError as error:
+            raise OSError(f"--plot {args.plot} cannot be written ({error.strerror}); give another") from error
         print(f"written: {args.plot}")
     if args.json:
         found = {"predicted": _dicts(predictions), "simulated": _dicts(simulated)}
@@ -178,10 +182,17 @@ def _check_folders(args: argparse.Namespace) -> None:
         file: Path | None = getattr(args, name)
         if file is not None and not file.parent.is_dir():
             raise ValueError(f"--{name} {file}: there is no folder {file.parent}; make it, or give another")
+        if file is not None and file.is_dir():
+            raise ValueError(f"--{name} {file} is a folder; give a file in it")
+    if args.plot is not None and args.plot.suffix not in PLOT_FORMATS:
+        raise ValueError(f"--plot {args.plot}: give a file that ends in {', '.join(PLOT_FORMATS)}")
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    try:
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"--json {file} cannot be written ({error.strerror}); give another") from error
     print(f"written: {file}")
 
 

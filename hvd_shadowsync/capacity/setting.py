@@ -11,6 +11,8 @@ from hvd_shadowsync.pacing import Pacing
 
 MIB = float(1 << 20)
 ALGORITHMS = ("ring", "halving", "best")
+MOST_RANKS = 1_000_000
+LEAST, MOST = 1e-9, 1e18  # of any quantity
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Cluster:
     def __post_init__(self) -> None:
         check_count("hosts", self.hosts, least=1)
         check_count("ranks_per_host", self.ranks_per_host, least=1)
+        if self.ranks > MOST_RANKS:
+            raise ValueError(
+                f"hosts={self.hosts} with {self.ranks_per_host} ranks each are more than {MOST_RANKS} ranks; give fewer"
+            )
         _positive("gbps", self.gbps)
         _not_negative("latency_us", self.latency_us)
         check_interval("goodput", self.goodput, low=0.0, high=1.0, low_included=False)
@@ -219,8 +225,8 @@ class Setting:
 
 
 def _positive(name: str, value: float) -> None:
-    check_interval(name, value, low=0.0, high=math.inf, low_included=False, high_included=False)
+    check_interval(name, value, low=LEAST, high=MOST)
 
 
 def _not_negative(name: str, value: float) -> None:
-    check_interval(name, value, low=0.0, high=math.inf, high_included=False)
+    check_interval(name, value, low=0.0, high=MOST)

@@ -71,7 +71,7 @@ def find() -> Cluster | None:
     """
     file = state_file()
     try:
-        with open(file, encoding="utf-8") as opened:
+        with open(file, "rb") as opened:
             if os.fstat(opened.fileno()).st_uid != os.geteuid():
                 raise LaunchError(f"{file} belongs to somebody else; remove it, or set TMPDIR to a folder of your own")
             text = opened.read()
@@ -80,7 +80,7 @@ def find() -> Cluster | None:
     except OSError as error:
         raise LaunchError(f"{file} cannot be read ({error.strerror}); remove it") from error
     with contextlib.suppress(ValueError, TypeError, KeyError):
-        held = json.loads(text)
+        held = json.loads(text)  # bytes: what is no text is no state either
         found = Cluster(held["holder"], held["first"], tuple(held["begun"]), Network(**held["network"]))
         if found.is_up:
             return found

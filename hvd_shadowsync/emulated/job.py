@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -172,7 +173,9 @@ def build(network: Network) -> dict[int, str]:
     for line in commands(network, pids, netem=netem):
         done = _done(line)
         if done.returncode:
-            raise OSError(f"{' '.join(line)}: {done.stderr.strip()}")
+            said = f"{' '.join(line)}: {done.stderr.strip()}"
+            denied = re.search("permitted|denied", said)
+            raise OSError(said) if denied else LaunchError(f"emulated hosts cannot be made here ({said})")
     return {} if netem else delay.start(network)
 
 

@@ -12,8 +12,14 @@ from hvd_shadowsync.command import Host, LaunchError
 
 SUBNET = "10.77.0"
 MOST_HOSTS = 64
-RATE, TIME, SHARE = r"\d+(\.\d+)?[kmg]?bit", r"\d+(\.\d+)?(us|ms|s)", r"\d+(\.\d+)?%"
-UNITS_NS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
+RATE, TIME, SHARE = rf"{NUMBER}([kmg]?bit)", rf"{NUMBER}(us|ms|s)", rf"{NUMBER}(%)"
+UNITS = {
+    "bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9,
+    "us": 1e-6, "ms": 1e-3, "s": 1.0,
+    "%": 0.01,
+}  # fmt: skip
+LEAST_RATE, MOST_RATE, MOST_LATENCY_S = 1e3, 1e12, 10.0
 
 
 @dataclass(frozen=True)
@@ -47,24 +53,27 @@ class Network:
         for name, pattern, example in (
             ("rate", RATE, "1gbit"), ("latency", TIME, "0.2ms"), ("loss", SHARE, "0.1%"), ("rack_rate", RATE, "1gbit")
         ):  # fmt: skip
-            value = getattr(self, name)
+            option, value = name.replace("_", "-"), getattr(self, name)
             if not (value == "" and name != "rate") and not re.fullmatch(pattern, value):
-                raise LaunchError(f"--{name.replace('_', '-')} {value!r} is none; give one such as {example}")
-        if self.loss_share > 1:
-            raise LaunchError(f"--loss {self.loss}: give at most 100%")
+                raise LaunchError(f"--{option} {value!r} is no {option}; give one such as {example}")
+            if pattern == RATE and value and not LEAST_RATE <= _number(value) <= MOST_RATE:
+                raise LaunchError(f"--{option} {value}: give one from 1kbit to 1000gbit")
+        if self.latency_ns > 1e9 * MOST_LATENCY_S:
+            raise LaunchError(f"--latency {self.latency}: give at most {MOST_LATENCY_S:g}s")
+        if self.loss_share >= 1:
+            raise LaunchError(f"--loss {self.loss}: give less than 100%, with which nothing would arrive")
+        if self.rack_rate and self.racks == 1:
+            raise LaunchError(f"--rack-rate {self.rack_rate} is between racks; give --racks 2 or more, or leave it out")
 
     @property
     def latency_ns(self) -> int:
         """Latency of a host's link, one way."""
-        if not self.latency:
-            return 0
-        number, unit = re.fullmatch(r"([\d.]+)(\D+)", self.latency).groups()  # type: ignore[union-attr]
-        return round(float(number) * UNITS_NS[unit])
+        return round(1e9 * _number(self.latency))
 
     @property
     def loss_share(self) -> float:
         """Share of packets that a host's link loses, one way, from 0 to 1."""
-        return float(self.loss.rstrip("%") or 0) / 100
+        return _number(self.loss)
 
     @property
     def is_disturbed(self) -> bool:
@@ -82,6 +91,12 @@ class Network:
     def rack(self, host: int) -> int:
         """Return the rack of a host."""
         return host * self.racks // self.hosts
+
+
+def _number(text: str) -> float:
+    """Return a rate in bit/s, a time in seconds, a share as a part of 1; 0 where there is none."""
+    found = re.fullmatch(rf"{NUMBER}([a-z%]+)", text)
+    return float(found[1]) * UNITS[found[2]] if found else 0.0
 
 
 OPTIONS: dict[str, Any] = {field.name: field.default for field in fields(Network) if field.name != "hosts"}

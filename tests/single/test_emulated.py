@@ -20,14 +20,19 @@ from hvd_shadowsync.emulated.__main__ import main
     [
         ({"hosts": 0}, "--emulated 0: give 1 to 64 hosts"),
         ({"hosts": 65}, "--emulated 65: give 1 to 64 hosts"),
-        ({"rate": "fast"}, "--rate 'fast' is none; give one such as 1gbit"),
-        ({"rate": ""}, "--rate '' is none"),
-        ({"rate": "1gbit; reboot"}, "--rate '1gbit; reboot' is none"),
-        ({"latency": "3"}, "--latency '3' is none; give one such as 0.2ms"),
-        ({"loss": "0.1"}, "--loss '0.1' is none; give one such as 0.1%"),
-        ({"loss": "101%"}, "--loss 101%: give at most 100%"),
+        ({"rate": "fast"}, "--rate 'fast' is no rate; give one such as 1gbit"),
+        ({"rate": ""}, "--rate '' is no rate"),
+        ({"rate": "1gbit; reboot"}, "--rate '1gbit; reboot' is no rate"),
+        ({"latency": "3"}, "--latency '3' is no latency; give one such as 0.2ms"),
+        ({"loss": "0.1"}, "--loss '0.1' is no loss; give one such as 0.1%"),
+        ({"loss": "100%"}, "--loss 100%: give less than 100%"),
+        ({"rate": "0gbit"}, "--rate 0gbit: give one from 1kbit to 1000gbit"),
+        ({"rate": "1bit"}, "--rate 1bit: give one from 1kbit"),
+        ({"rate": "\u0661gbit"}, "is no rate"),
+        ({"latency": "11s"}, "--latency 11s: give at most 10s"),
+        ({"rack_rate": "1gbit"}, "--rack-rate 1gbit is between racks; give --racks 2"),
         ({"racks": 5}, "--racks 5: give 1 to 4, the number of hosts"),
-        ({"rack_rate": "1Gb/s"}, "--rack-rate '1Gb/s' is none"),
+        ({"rack_rate": "1Gb/s"}, "--rack-rate '1Gb/s' is no rack-rate"),
     ],
 )
 def test_what_is_no_network(wrong: dict[str, Any], message: str) -> None:
@@ -96,10 +101,10 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"holder": 1}', '{"holder": 1, "first": 1, "begun": 3, "network": {}}']
+    "text", [b"", b"{", b"[]", b"\xff\xfe", b'{"holder": 1}', b'{"holder": 1, "first": 1, "begun": 3, "network": {}}']
 )
-def test_a_file_that_says_nothing_is_removed(text: str, state: Path) -> None:
-    state.write_text(text)
+def test_a_file_that_says_nothing_is_removed(text: bytes, state: Path) -> None:
+    state.write_bytes(text)
     assert cluster.find() is None
     assert not state.exists()
 
@@ -117,7 +122,7 @@ def test_a_file_of_processes_that_are_others_by_now_is_removed(state: Path) -> N
         (["run", "2", "true"], "no hosts are up; make some with `up N`"),
         (["run", "2"], "no command given; put it last"),
         (["up", "0"], "--emulated 0: give 1 to 64 hosts"),
-        (["up", "2", "--loss", "1"], "--loss '1' is none"),
+        (["up", "2", "--loss", "1"], "--loss '1' is no loss"),
         (["--hosts", "2"], "no command given; put it last"),
     ],
 )
@@ -157,7 +162,7 @@ def test_hosts_as_launchers_take_them() -> None:
         (["--rate", "1gbit", "--loss", "1%"], "--loss belongs to --emulated; say on how many hosts"),
         (["--emulated", "2", "--hosts", "h0"], "--emulated goes with none of --hosts, --hostfile, --horovod"),
         (["--emulated", "2", "--horovod"], "--emulated goes with none of"),
-        (["--emulated", "2", "--rate", "1"], "--rate '1' is none"),
+        (["--emulated", "2", "--rate", "1"], "--rate '1' is no rate"),
     ],
 )
 def test_options_of_shadowrun_that_do_not_go_together(

@@ -114,18 +114,25 @@ def test_predicted_beside_measured(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dense-mb", "-2"], "--dense-mb -2 is outside (0, inf); give a number in that interval"),
-        (["--step-ms", "0"], "--step-ms 0.0 is outside (0, inf); give"),
+        (["--dense-mb", "-2"], "--dense-mb -2 is outside [1e-09, 1e+18]; give a number in that interval"),
+        (["--step-ms", "0"], "--step-ms 0.0 is outside [1e-09, 1e+18]; give"),
         (["--hosts", "0"], "--hosts 0 is below 1; give a whole number of at least 1"),
         (["--hosts", "2.5"], "argument --hosts: '2.5' is not a whole number; give one such as 100"),
         (["--gbps", "fast"], "argument --gbps: 'fast' is not a number; give one such as 40"),
-        (["--gbps", "nan"], "--gbps nan is outside (0, inf)"),
+        (
+            ["--hosts", "1000000000000"],
+            "--hosts 1000000000000 with 1 ranks each are more than 1000000 ranks; give fewer",
+        ),
+        (["--gbps", "1e-320"], "is outside [1e-09, 1e+18]"),
+        (["--plot", "hosts"], "--plot hosts: give a file that ends in .png, .pdf, .svg"),
+        (["--plot", "/"], "--plot / is a folder; give a file in it"),
+        (["--gbps", "nan"], "--gbps nan is outside [1e-09, 1e+18]"),
         (["--overlap", "1.5"], "--overlap 1.5 is outside [0, 1]"),
         (["--jitter", "-0.1"], "--jitter -0.1 is outside [0, 10]"),
         (["--slow-factor", "0.5"], "--slow-factor 0.5 is outside [1, inf)"),
         (["--cpu-budget", "2"], "--cpu-budget 2.0 is outside (0, 1]"),
         (["--sync-every", "0"], "--sync-every 0 is below 1"),
-        (["--chunk-mb", "0"], "--chunk-mb 0 is outside (0, inf)"),
+        (["--chunk-mb", "0"], "--chunk-mb 0 is outside [1e-09, 1e+18]"),
         (["--in-flight", "0"], "--in-flight 0 is below 1"),
         (["--seed", "-1"], "--seed -1 is below 0"),
         (["--algorithm", "tree"], "--algorithm 'tree' is unknown; give one of 'ring', 'halving', 'best'"),
@@ -169,3 +176,9 @@ def test_as_a_program() -> None:
     told = subprocess.run([*line, *ASKED, "--hosts", "-1"], capture_output=True, text=True, timeout=60, check=False)
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr == "capacity: --hosts -1 is below 1; give a whole number of at least 1\n"
+
+
+def test_what_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--dense-mb", "1", "--step-ms", "1", "--hosts", "2", "--json", "/dev/full"])
+    assert "--json /dev/full cannot be written (No space left on device); give another" in capsys.readouterr().err
