@@ -1270,14 +1270,20 @@ def test_waiting_for_a_round_costs_a_few_looks(
     assert len(looks) < 20
 
 
-def test_the_first_rounds_do_not_wait_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let each look at the clock be a second of CPU time; return what rounds wait for as it is asked for."""
+    clocks: dict[Any, Iterator[int]] = collections.defaultdict(itertools.count)
+    monkeypatch.setattr(ShadowThread, "_spent_s", lambda self: float(next(clocks[self.rounds])))
+    found: list[float] = []
+    wait_s = Pacing.wait_s
+    monkeypatch.setattr(Pacing, "wait_s", lambda self, **now: found.append(now["spent_s"]) or wait_s(self, **now))
+    return found
+
+
+def test_the_first_rounds_do_not_wait_for_the_budget(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
     """By this clock each look is a second of CPU time, which the budget allows in many days: the head start pays 40."""
     monkeypatch.setattr(pacing, "HEAD_START_S", 4e7)
-    monkeypatch.setattr(ShadowThread, "_spent_s", lambda self: float(next(clocks[self.rounds])))
-    clocks: dict[Any, Iterator[int]] = collections.defaultdict(itertools.count)
-    waits: list[float] = []
-    wait_s = Pacing.wait_s
-    monkeypatch.setattr(Pacing, "wait_s", lambda self, **now: waits.append(now["spent_s"]) or wait_s(self, **now))
 
     def program(comm: Communicator) -> int:
         slopes = Slopes(comm.rank)
@@ -1292,14 +1298,9 @@ def test_the_first_rounds_do_not_wait_for_the_budget(monkeypatch: pytest.MonkeyP
     assert max(waits) < 6
 
 
-def test_the_budget_counts_what_answering_requests_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_counts_what_answering_requests_takes(monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
     """By this clock an exchange with the center takes a second, and the wait before it another one."""
     monkeypatch.setattr(pacing, "HEAD_START_S", 3e6)
-    monkeypatch.setattr(ShadowThread, "_spent_s", lambda self: float(next(clocks[self.rounds])))
-    clocks: dict[Any, Iterator[int]] = collections.defaultdict(itertools.count)
-    waits: list[float] = []
-    wait_s = Pacing.wait_s
-    monkeypatch.setattr(Pacing, "wait_s", lambda self, **now: waits.append(now["spent_s"]) or wait_s(self, **now))
 
     def program(comm: Communicator) -> None:
         slopes = Slopes(comm.rank)
