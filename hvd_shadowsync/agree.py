@@ -33,6 +33,11 @@ def describe_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(f"argument {name}", repr(value)) for name, value in settings.items()]
 
 
+def describe_values(tensors: Iterable[NamedTensor]) -> list[tuple[str, str]]:
+    """Return (what, value) for the bytes that each tensor holds."""
+    return [(f"initial value of {each.name}", f"sha256 {_digest(each.live())}") for each in tensors]
+
+
 def require_same(comm: Communicator, lines: Sequence[tuple[str, str]]) -> None:
     """Raise `ReplicaMismatchError` on every rank unless all ranks give the same `lines` (collective)."""
     digests = comm.allgather_object(hashlib.sha256(repr(list(lines)).encode()).hexdigest())
@@ -42,12 +47,6 @@ def require_same(comm: Communicator, lines: Sequence[tuple[str, str]]) -> None:
     for rank, theirs in enumerate(descriptions):
         if theirs != descriptions[0]:
             raise ReplicaMismatchError(_first_difference(descriptions[0], theirs, rank))
-
-
-def require_same_values(comm: Communicator, tensors: Sequence[NamedTensor]) -> None:
-    """Raise `ReplicaMismatchError` on every rank unless the tensors hold the same bytes on all (collective)."""
-    lines = [(f"initial value of {each.name}", f"sha256 {_digest(each.live())}") for each in tensors]
-    require_same(comm, lines)
 
 
 def _first_difference(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]], rank: int) -> str:

@@ -25,10 +25,21 @@ def whole_model(replica: Replica, model: torch.nn.Module | None, *, buffers: boo
     return [Replica(replica.params), Replica([], frozen)]
 
 
-def start_alike(comm: Communicator, poller: Poller, replicas: Iterable[Replica], *, root: int) -> None:
-    """Give every rank the values of rank `root` (collective)."""
-    for replica in replicas:
-        flat, integers = replica.empty(), replica.empty_integers()
+Values = list[tuple[Tensor, Tensor]]
+"""Of each replica its flat vector and its integers."""
+
+
+def values_of(replicas: Iterable[Replica]) -> Values:
+    """Return what the live tensors hold."""
+    values = [(each, each.empty(), each.empty_integers()) for each in replicas]
+    for replica, flat, integers in values:
         replica.read(flat, integers)
-        poller.wait([comm.ibcast(flat, root), comm.ibcast(integers, root)])
-        replica.write(flat, integers)
+    return [(flat, integers) for _, flat, integers in values]
+
+
+def values_everywhere(comm: Communicator, poller: Poller, values: Values, *, root: int) -> Values:
+    """Return the values of rank `root` on every rank (collective)."""
+    given = [(flat.clone(), integers.clone()) for flat, integers in values]
+    for pair in given:
+        poller.wait([comm.ibcast(tensor, root) for tensor in pair])
+    return given

@@ -15,6 +15,13 @@ class TransportError(ShadowSyncError):
     """MPI is missing, was started the wrong way, or lacks what the communicator thread needs."""
 
 
+class RankLostError(TransportError):
+    """A rank of a communicator is gone, or another one has found so; those that are left go on without it.
+
+    Raised where the job outlives its ranks (`Communicator.outlives_ranks`); rounds deal with it themselves.
+    """
+
+
 class CheckpointError(ShadowSyncError, ValueError):
     """A checkpoint cannot be read, or does not fit the model that it is loaded into."""
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 MERGED_BY_SUM = ("bytes_sent",)
-MERGED_BY_MAX = ("rounds",)
+MERGED_BY_MAX = ("rounds", "ranks_lost", "recovery_ms")
 
 
 @dataclass
@@ -37,6 +37,8 @@ class RoundMetrics:
     | chunks_in_flight | how many of those are under way at a time; nan likewise |
     | pause_ms | longest pause between two looks at them; nan likewise |
     | searching | 1 while rounds still try what to choose for these three, 0 then |
+    | ranks_lost | ranks that were lost, and that the others go on without |
+    | recovery_ms | how long it has taken the communicator thread, in all, to be without them |
     """
 
     steps: int = 0
@@ -54,6 +56,8 @@ class RoundMetrics:
     chunks_in_flight: float = math.nan
     pause_ms: float = math.nan
     searching: bool = False
+    ranks_lost: int = 0
+    recovery_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -76,6 +80,8 @@ class RoundMetrics:
                 "chunks_in_flight": self.chunks_in_flight,
                 "pause_ms": self.pause_ms,
                 "searching": float(self.searching),
+                "ranks_lost": self.ranks_lost,
+                "recovery_ms": 1000 * self.recovery_s,
             }
 
     def settle(self) -> None:

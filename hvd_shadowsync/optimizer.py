@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import platform
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,20 +19,20 @@ from torch import Tensor
 
 from hvd_shadowsync import agree, arguments
 from hvd_shadowsync.algorithms import Algorithm
-from hvd_shadowsync.alike import start_alike, whole_model
-from hvd_shadowsync.average import average_in_place
+from hvd_shadowsync.alike import values_everywhere, values_of, whole_model
+from hvd_shadowsync.average import mean_of
 from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.embedding.sharded import join_all
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
 from hvd_shadowsync.pacing import Pacing
-from hvd_shadowsync.reducers import OwnerMean
 from hvd_shadowsync.replica import Replica
-from hvd_shadowsync.rounds import Rounds
+from hvd_shadowsync.rounds import Errand, Rounds
 from hvd_shadowsync.shadow import Driver, Foreground, ShadowThread
 from hvd_shadowsync.warmup import Warmup
 
@@ -140,11 +142,12 @@ class ShadowSync:
         self._closed = self._paused = self._started = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
-        self._comm = mpi.world() if communicator is None else communicator.dup()
-        self._warmup = Warmup(self._comm, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
+        self._ranks = _survivors(mpi.world() if communicator is None else communicator.dup())
+        self._alone = self.size == 1
+        self._warmup = Warmup(self._ranks, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
         self._groups = _group_sizes(optimizer)
         self._replica = self._make_replica()
-        if self.size > 1:
+        if not self._alone:
             self._require_same(warmup_steps=warmup_steps, sparse_as_dense=sparse_as_dense)
             self._start()
             self._started = False
@@ -155,13 +158,13 @@ class ShadowSync:
 
     @property
     def rank(self) -> int:
-        """This rank, among those that synchronise."""
-        return self._comm.rank
+        """This rank, among those that synchronise: 0 is always there, even after ranks were lost."""
+        return self._ranks.comm.rank
 
     @property
     def size(self) -> int:
-        """The number of ranks that synchronise."""
-        return self._comm.size
+        """The number of ranks that synchronise; less than at first after ranks were lost."""
+        return self._ranks.comm.size
 
     def pause(self) -> None:
         """Begin no more rounds on this rank; the others train on, and their next round waits for `resume`."""
@@ -187,11 +190,11 @@ class ShadowSync:
         optimizer has other parameters in place of those that are synchronised.
         """
         self._require_open("synchronize()")
-        if self.size > 1:
+        if not self._alone:
             self._require_own_parameters()
             self._finish_warmup(leaving=False)
             if self._warmup.left:
-                self._start_alike(self._warmup.root)
+                self._start_alike()
             else:
                 self._begun().synchronize()
 
@@ -203,7 +206,7 @@ class ShadowSync:
         them that were under way. Needs one more copy of the weights meanwhile.
         """
         self._require_open("averaged_weights()")
-        if self.size == 1:
+        if self._alone:
             yield
             return
         self._meet()
@@ -217,10 +220,9 @@ class ShadowSync:
 
     def metrics(self, *, merged: bool = False) -> dict[str, float]:
         """Return what `metrics.RoundMetrics` documents, of this rank or, collectively, of all (`merged=True`)."""
-        if not merged or self.size == 1:
+        if not merged or self._alone:
             return self._metrics.snapshot()
         self._require_open("metrics(merged=True)")
-        self._meet()
         return merge(self._exchange("metrics(merged=True)", self._metrics.snapshot()))
 
     def average_optimizer_state(self) -> None:
@@ -229,21 +231,21 @@ class ShadowSync:
         Only what all ranks have by the same name and shape; a rank that has not stepped yet has none.
         """
         self._require_open("average_optimizer_state()")
-        if self.size == 1:
+        if self._alone:
             return
-        self._meet()
         found = name_state(self.optimizer, self._replica.params)
         described = self._exchange("average_optimizer_state()", [each.describe() for each in found])
         everywhere = set.intersection(*map(set, described))
-        shared = [each for each in found if each.describe() in everywhere]
-        average_in_place(OwnerMean(self._comm, self._poller), shared, (1.0,) * self.size)
+        shared = Replica([each for each in found if each.describe() in everywhere])
+        own = shared.empty()
+        shared.read(own)
+        shared.write(self._meet(lambda comm: mean_of(comm, self._poller, own, (1.0,) * comm.size)))
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value`, by rank (collective; pickles)."""
         self._require_open("gather")
-        if self.size == 1:
+        if self._alone:
             return [value]
-        self._meet()
         return self._exchange("gather()", value)
 
     def settle(self) -> None:
@@ -273,7 +275,7 @@ class ShadowSync:
         """
         self._require_open("load_state_dict()")
         arguments.check_rounds_state(state)
-        if self.size == 1:
+        if self._alone:
             self._remember(state)
             return
         loaded = self._replica.empty()
@@ -283,8 +285,8 @@ class ShadowSync:
         self._loaded = state or None
         self._start()
         if self._driver is not None:
-            self._driver.rounds.begin(self._replica)
-            self._recall(self._driver.rounds)
+            self._driver.meet(partial(self._begin_again, self._driver.rounds))
+            self._loaded = None
             self._driver.restart()
 
     def close(self) -> None:
@@ -295,12 +297,12 @@ class ShadowSync:
         if self._closed:
             return
         try:
-            if self.size > 1:
+            if not self._alone:
                 self._finish_warmup(leaving=True)
                 driver = self._begun()
                 driver.leave()
                 driver.rounds.free()
-            self._comm.free()
+            self._ranks.free()
         except BaseException:
             atexit.register(self._end_job_of_ranks)
             raise
@@ -323,7 +325,7 @@ class ShadowSync:
 
     def average_gradients(self) -> None:
         """Average gradients now if the next step is one of the warm-up; nothing otherwise."""
-        if self.size > 1 and self._warmup.left:
+        if not self._alone and self._warmup.left:
             self._notice_new_parameters()
             self._get_ready(needed=True)
             self._warmup.average(self._replica.params)
@@ -347,7 +349,7 @@ class ShadowSync:
         optimizer.skip_synchronize = self.skip_average  # type: ignore[attr-defined]
         self._hooks: list[Any] = []
         self._pre_hook: Any = None
-        if self.size == 1:
+        if self._alone:
             self._hooks = [
                 optimizer.register_step_post_hook(_undisturbed(self._count_step)),
                 optimizer.register_state_dict_post_hook(self._add_state),
@@ -361,7 +363,7 @@ class ShadowSync:
                 optimizer.register_state_dict_post_hook(self._add_state),
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
             ]
-            if self._comm.spans_processes:
+            if self._ranks.comm.spans_processes:
                 atexit.register(self._close_at_exit)
 
     def _detach(self) -> None:
@@ -421,13 +423,13 @@ class ShadowSync:
             )
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        if self.size > 1 or self._loaded is not None:
+        if not self._alone or self._loaded is not None:
             state[STATE_KEY] = self._state()
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         rounds = state.pop(STATE_KEY, None) or None
         arguments.check_rounds_state(rounds)
-        if self.size == 1:
+        if self._alone:
             self._remember(rounds)
             return
         self._loaded = rounds
@@ -448,7 +450,8 @@ class ShadowSync:
         settings |= {"apply": self._apply, "initial_weights": self._initial, "sync_buffers": self._sync_buffers}
         tensors = self._replica.tensors + self._replica.integers
         lines = agree.describe_settings(settings) + agree.describe_tensors(tensors)
-        agree.require_same(self._comm, lines + agree.describe_optimizer(self.optimizer))
+        lines += agree.describe_optimizer(self.optimizer)
+        self._collectively(lambda comm: agree.require_same(comm, lines))
 
     def _get_ready(self, *, needed: bool) -> None:
         """Start all handles of this thread, in order, where a rank needs it: it trains, or waits for those that do.
@@ -460,7 +463,7 @@ class ShadowSync:
         if self._driver is not None:
             return
         for handle in _open_handles(self._owner):
-            if handle.size > 1 and not handle._started and any(handle._comm.allgather_object(needed)):
+            if not (handle._alone or handle._started) and any(handle._collectively(_everyones(needed))):
                 handle._start(buffers=False)
             if handle._started and not handle._warmup.left:
                 handle._begun()
@@ -470,22 +473,35 @@ class ShadowSync:
         self._started = True
         if self._initial == "check":
             for replica in whole_model(self._replica, self._model, buffers=buffers):
-                agree.require_same_values(self._comm, replica.tensors)
+                lines = agree.describe_values(replica.tensors)
+                self._collectively(partial(agree.require_same, lines=lines))
         else:
-            self._start_alike(root=0, buffers=buffers)
+            self._start_alike(buffers=buffers)
 
-    def _start_alike(self, root: int, *, buffers: bool = True) -> None:
+    def _start_alike(self, *, buffers: bool = True) -> None:
+        """Give every rank the weights of one that has trained in the warm-up, or of rank 0 (collective)."""
         everything = whole_model(self._replica, self._model, buffers=buffers)
-        start_alike(self._comm, self._poller, everything, root=root)
+        own = values_of(everything)
+        given = self._collectively(lambda comm: values_everywhere(comm, self._poller, own, root=self._first(comm)))
+        for replica, values in zip(everything, given, strict=True):
+            replica.write(*values)
 
-    def _meet(self) -> None:
-        """Wait until all ranks are in a call such as this one, taking part in what the others do (collective)."""
+    def _first(self, comm: Communicator) -> int:
+        return next((rank for rank, member in enumerate(comm.members) if member in self._warmup.trained), 0)
+
+    def _collectively(self, errand: Errand) -> Any:
+        """Return what `errand` returns, which all ranks run now, each in the same call (collective)."""
+        return self._ranks.together(errand) if self._driver is None else self._driver.meet(errand)
+
+    def _meet(self, errand: Errand | None = None) -> Any:
+        """Run `errand` once all ranks are in a call such as this one; take part in what they do before (collective)."""
         join_all(self._owner)
         self._get_ready(needed=False)
         if self._started:
             self._warmup.finish(self._replica.params, leaving=False)
             if not self._warmup.left:
-                self._begun().meet()
+                return self._begun().meet(errand)
+        return None if errand is None else self._collectively(errand)
 
     def _exchange(self, call: str, value: Any) -> list[Any]:
         """Return every rank's `value` in the same call (collective).
@@ -493,7 +509,7 @@ class ShadowSync:
         Raises:
             ShadowSyncError: the ranks are in different calls; raised on every rank.
         """
-        calls, values = zip(*self._comm.allgather_object((call, value)), strict=True)
+        calls, values = zip(*self._meet(_everyones((call, value))), strict=True)
         if len(set(calls)) > 1:
             where = ", ".join(f"rank {rank} in {each}" for rank, each in enumerate(calls))
             raise ShadowSyncError(f"the ranks meet in different calls: {where}; make them everywhere in the same order")
@@ -508,29 +524,35 @@ class ShadowSync:
         """Return the driver, made at the first step after the warm-up (collective at its first call)."""
         if self._driver is None:
             if self._warmup.steps:
-                self._start_alike(self._warmup.root)
-            rounds = Rounds(
-                self._comm.dup(),
-                self._replica,
-                self._options,
-                self._metrics,
-                self._poller,
-                cpu_budget=self._pacing.cpu_budget,
-            )
-            self._recall(rounds)
+                self._start_alike()
+            rounds = self._ranks.together(self._begin)
+            self._loaded = None
             self._driver = self._make_driver(rounds)
+            mpi.spare_others_on_exception()
             if self._paused:
                 self._driver.pause()
         return self._driver
+
+    def _begin(self, comm: Communicator) -> Rounds:
+        budget = self._pacing.cpu_budget
+        rounds = Rounds(
+            self._ranks, self._replica, self._options, self._metrics, self._poller, cpu_budget=budget
+        )  # fmt: skip
+        self._recall(rounds, comm)
+        return rounds
+
+    def _begin_again(self, rounds: Rounds, comm: Communicator) -> None:
+        rounds.begin(self._replica)
+        self._recall(rounds, comm)
 
     def _make_driver(self, rounds: Rounds) -> Driver:
         if self._options.foreground:
             return Foreground(rounds, self._pacing, self._metrics)
         return ShadowThread(rounds, self._pacing, self._metrics, hogwild=self._apply == "hogwild")
 
-    def _recall(self, rounds: Rounds) -> None:
+    def _recall(self, rounds: Rounds, comm: Communicator) -> None:
         """Begin from the live weights and what was loaded (collective)."""
-        loaded = self._comm.allgather_object(self._loaded is not None)
+        loaded = comm.allgather_object(self._loaded is not None)
         if len(set(loaded)) > 1:
             raise ReplicaMismatchError(
                 f"optimizer state with rounds in it was loaded on ranks {[r for r, has in enumerate(loaded) if has]} "
@@ -538,8 +560,7 @@ class ShadowSync:
             )
         if self._loaded is not None:
             rounds.load_state(self._loaded)
-            self._loaded = None
-        self._comm.allgather_object(None)
+        comm.allgather_object(None)
 
     def _remember(self, rounds: dict[str, Any] | None) -> None:
         """Go on counting at world size 1; what rounds remembered of the weights is void once they are trained alone."""
@@ -548,7 +569,7 @@ class ShadowSync:
             self._metrics.restore(rounds["counters"])
 
     def _state(self) -> dict[str, Any]:
-        if self.size == 1:
+        if self._alone:
             return {**self._loaded, "counters": self._metrics.counters()} if self._loaded else {}
         if self._driver is None:
             return self._loaded if self._loaded is not None else {}
@@ -572,7 +593,7 @@ class ShadowSync:
 
     def _end_job_of_ranks(self) -> None:
         """End all ranks: after an error here they would wait for this one for ever."""
-        if self._end_job and self._comm.spans_processes:
+        if self._end_job and self._ranks.comm.spans_processes:
             mpi.end_job("synchronisation failed")
 
 
@@ -580,6 +601,19 @@ def _undisturbed(hook: Callable[..., None]) -> Callable[..., None]:
     """Return `hook` as a function that torch.compile calls and does not look into."""
     disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return disabled
+
+
+def _everyones(value: Any) -> Errand:
+    """Return an errand that gathers every rank's `value`."""
+    return lambda comm: comm.allgather_object(value)
+
+
+def _survivors(comm: Communicator) -> Survivors:
+    """Return the ranks of `comm` under the names that messages call them by (collective)."""
+    ranks = Survivors(comm)
+    if comm.outlives_ranks:
+        ranks.hosts = dict(ranks.together(_everyones((comm.members[comm.rank], platform.node()))))
+    return ranks
 
 
 def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:

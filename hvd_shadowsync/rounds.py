@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,10 +20,11 @@ from hvd_shadowsync.algorithms.base import State, named, slices
 from hvd_shadowsync.ballot import Ballot, Intent, Verdict
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
+from hvd_shadowsync.comm.survivors import Survivors
+from hvd_shadowsync.errors import RankLostError, ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.gpus import Arriving
 from hvd_shadowsync.metrics import RoundMetrics
-from hvd_shadowsync.reducers import ElasticCenter, OwnerMean
+from hvd_shadowsync.reducers import ElasticCenter, ElasticInTurn, OwnerMean, gather_center
 from hvd_shadowsync.reducers.base import Fill, as_it_is
 from hvd_shadowsync.reduction import Reduction, RoundOptions
 from hvd_shadowsync.replica import Merge, Replica
@@ -84,13 +85,31 @@ class Progress:
         return float(kept @ progress) / norm if norm > 0 else math.nan
 
 
+Errand = Callable[[Communicator], Any]
+"""What all ranks do together in a collective call; once more, on those that are left, where a rank is lost in it."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """What came of an errand."""
+
+    value: Any = None
+    error: Exception | None = None
+
+    def get(self) -> Any:
+        """Return the errand's result, or raise what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
 class Rounds:
     """Makes rounds for one replica, on whichever thread calls `run`; one thread at a time.
 
     Owns the snapshot buffer, the algorithm's state and the reducers; `lock` is held while they change.
 
     Args:
-        comm: used, and freed, by these rounds alone.
+        ranks: who takes part; used by these rounds alone while they are made, and freed by the caller.
         replica: what is synchronised.
         options: how.
         metrics: where it is counted.
@@ -101,7 +120,7 @@ class Rounds:
 
     def __init__(
         self,
-        comm: Communicator,
+        ranks: Survivors,
         replica: Replica,
         options: RoundOptions,
         metrics: RoundMetrics,
@@ -109,9 +128,9 @@ class Rounds:
         *,
         cpu_budget: float | None = None,
     ) -> None:
-        self._comm, self._poller, self._options, self._metrics = comm, poller, options, metrics
-        self._reduction = Reduction(comm, replica, options, metrics, poller)
-        self._mean = OwnerMean(comm, poller)
+        self._ranks, self._poller, self._options, self._metrics = ranks, poller, options, metrics
+        self._reduction = Reduction(ranks.comm, replica, options, metrics, poller)
+        self._mean = OwnerMean(ranks.comm, poller)
         self._cpu_budget = cpu_budget
         self._last_cost_s: float | None = None
         self._idle_rounds = 0
@@ -128,12 +147,12 @@ class Rounds:
     def begin(self, replica: Replica) -> None:
         """Start anew from the live weights of `replica`, which are the same on every rank (collective).
 
-        Its buffers may differ already; rank 0's are what all ranks reckon from.
+        Its buffers may differ already; rank 0's are what all ranks reckon from. No result is waiting to be merged.
         """
         with self.lock:
             self.replica = self.wanted_replica = replica
             self._allocate()
-            replica.read(self._snapshot)
+            replica.snapshot(self._snapshot)
             self._poller.wait([self._comm.ibcast(self._snapshot)])
             self._set_anchor(self._snapshot)
 
@@ -143,24 +162,77 @@ class Rounds:
 
     def _set_anchor(self, anchor: Tensor) -> None:
         self._state = self._options.algorithm.init(anchor[: self.replica.num_weights])
+        self._begin_reductions(anchor)
+
+    def _begin_reductions(self, anchor: Tensor) -> None:
         self._reducer = self._reduction.begin(anchor)
+        self._owners = self._comm.members
 
     def free(self) -> None:
-        """Give the communicators and their memory back (collective)."""
+        """Give memory and communicators back, but for `ranks` (collective)."""
         self._snapshot = torch.empty(0, dtype=self.replica.dtype)
         self._reducer = self._mean
         self._reduction.free()
-        self._comm.free()
+
+    @property
+    def _comm(self) -> Communicator:
+        return self._ranks.comm
+
+    # --- lost ranks -------------------------------------------------------------------------------------------------
+
+    @property
+    def outlives_ranks(self) -> bool:
+        """Whether rounds go on when a rank is lost, with `go_on`."""
+        return self._comm.outlives_ranks
+
+    def check(self) -> None:
+        """Raise `RankLostError` if a rank is lost; for whoever waits between rounds."""
+        self._comm.check()
+
+    def go_on(self, lost: RankLostError) -> None:
+        """Go on with the ranks that are left (collective over them); no result is waiting to be merged.
+
+        What rounds remember is made anew: the replicas' mean is the anchor, momentum is that of the first rank that is
+        left, and so are the shards of an elastic center, but for lost ones. Live weights stay as they are.
+
+        Raises:
+            RankLostError: `lost`, where the job does not outlive its ranks.
+        """
+        if not self.outlives_ranks:
+            raise lost
+        with self.lock:
+            self._ranks.go_on(self._reform)
+            self._idle_rounds, self._last_cost_s, self._mismatch_since, self._consolidated_at = 0, None, None, -1
+        with self._metrics.lock:
+            self._metrics.ranks_lost, self._metrics.recovery_s = len(self._ranks.lost), self._ranks.recovery_s
+
+    def _reform(self, comm: Communicator) -> None:
+        self._reduction = Reduction(comm, self.replica, self._options, self._metrics, self._poller)
+        self._mean = OwnerMean(comm, self._poller)
+        self._allocate()
+        self._take_snapshot()
+        self._average((1.0,) * comm.size)
+        self._poller.wait([comm.ibcast(tensor) for _, tensor in named(self._state)])
+        self._rebase_state(self._snapshot)
+        if isinstance(self._reducer, ElasticCenter | ElasticInTurn):
+            gather_center(self._reducer, self._owners, comm, self._poller, self._snapshot)
+        self._begin_reductions(self._snapshot)
 
     # --- a round ----------------------------------------------------------------------------------------------------
 
-    def run(self, intent: Intent, new_steps: int, spent_s: float = 0.0) -> Staged | Verdict:
+    def run(
+        self, intent: Intent, new_steps: int, spent_s: float = 0.0, errand: Errand | None = None
+    ) -> Staged | Met | Verdict:
         """Take part in the next round; return its result, or the verdict if there is nothing to merge.
 
         Args:
             intent: what the training thread is about.
             new_steps: training steps since the last round's snapshot.
             spent_s: CPU seconds that this rank has spent on synchronisation since the last call.
+            errand: what to do once all ranks vote `Intent.MEET`; its result is returned then.
+
+        Raises:
+            RankLostError: a rank is lost; what has a result has it on all that are left. `go_on` comes next.
         """
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
         if self._meets(intent):
@@ -180,12 +252,16 @@ class Rounds:
         else:
             verdict, weights = Verdict.ROUND, (1.0,) * self._comm.size
             self.most_spent_s = 0.0
+        if verdict is Verdict.MEET:
+            return self._ranks.agreed(partial(_run_errand, errand))
+        if verdict is Verdict.STOP:
+            return self._ranks.agreed(lambda _: verdict)
         with self.lock:
             if verdict is Verdict.ROUND:
                 return self._round(weights)
             if verdict is Verdict.CONSOLIDATE:
-                return self._consolidate(weights)
-            return self._regroup() if verdict is Verdict.REGROUP else verdict
+                return self._ranks.agreed(lambda _: self._consolidate(weights))
+            return self._regroup_or_not() if verdict is Verdict.REGROUP else verdict
 
     def serve(self) -> bool:
         """Answer other ranks' requests; tell whether there were any. To be called all the time if `serves`."""
@@ -291,11 +367,14 @@ class Rounds:
     def _consolidate(self, weights: tuple[float, ...]) -> Staged:
         self._take_snapshot()
         self._average(weights)
-        for part in self._weight_parts():
-            self._keep(part, self._options.algorithm.rebase(self._snapshot[part], slices(self._state, part)))
+        self._rebase_state(self._snapshot)
         self._reducer.rebase(self._snapshot)
         self._consolidated_at = self._steps
         return self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
+
+    def _rebase_state(self, mean: Tensor) -> None:
+        for part in self._weight_parts():
+            self._keep(part, self._options.algorithm.rebase(mean[part], slices(self._state, part)))
 
     def _average(self, weights: tuple[float, ...]) -> None:
         sent = self._mean.bytes_sent
@@ -318,6 +397,15 @@ class Rounds:
         return None if owned or (self.serves and verdict is Verdict.ROUND) else self._integers
 
     # --- parameters that were added later ---------------------------------------------------------------------------
+
+    def _regroup_or_not(self) -> Staged:
+        """Make a new layout on all ranks, or on none of them."""
+        before = (self.replica, self._snapshot, self._integers, self._state, self._reducer)
+        try:
+            return self._ranks.agreed(lambda _: self._regroup())
+        except RankLostError:
+            self.replica, self._snapshot, self._integers, self._state, self._reducer = before
+            raise
 
     def _regroup(self) -> Staged:
         """Lay out the vectors for `wanted_replica`: known weights keep their state, new ones start from rank 0's."""
@@ -390,6 +478,15 @@ class Rounds:
                 self._reducer.rebase(anchor)
             self._state = self._recalled(memory)
             self._metrics.restore(saved["counters"])
+
+
+def _run_errand(errand: Errand | None, comm: Communicator) -> Met:
+    try:
+        return Met(None if errand is None else errand(comm))
+    except RankLostError:
+        raise
+    except Exception as error:  # the training thread's, which waits for what comes of it
+        return Met(error=error)
 
 
 def _conflict(intents: Sequence[Intent]) -> str:

@@ -9,15 +9,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from hvd_shadowsync.ballot import CALLS, Intent, Verdict
 from hvd_shadowsync.comm.poll import Poller, sleep_on_time
-from hvd_shadowsync.errors import ShadowSyncError
+from hvd_shadowsync.errors import RankLostError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.pacing import Pacing
-from hvd_shadowsync.rounds import Rounds, Staged
+from hvd_shadowsync.rounds import Errand, Met, Rounds, Staged
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ SERVING_PAUSES = Poller(eager=1, shortest_s=0.0005, longest_s=0.004, growth=1.2)
 SHARE_OF_A_ROUND, LONGEST_SERVING_PAUSE_S = 0.2, 0.02
 MOST_COUNTED = 2.0
 REPORT_WAIT_S = 30.0
+LOOK_S = 0.25  # how long a thread with nothing to do goes without looking whether all ranks are there
 
 
 class Driver(ABC):
@@ -50,8 +52,12 @@ class Driver(ABC):
         """Begin rounds again."""
 
     @abstractmethod
-    def meet(self) -> None:
-        """Wait until all ranks are here, taking part in the rounds of those that train; nothing is under way then."""
+    def meet(self, errand: Errand | None = None) -> Any:
+        """Wait until all ranks are here, taking part in the rounds of those that train; nothing is under way then.
+
+        Return what `errand` returns, or raise what it raises, which all ranks run together, here or in the shadow
+        thread; a second time, on the ranks that are left, where one is lost meanwhile.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -88,10 +94,12 @@ class Foreground(Driver):
         """See `Driver.resume`."""
         self._paused = False
 
-    def meet(self) -> None:
+    def meet(self, errand: Errand | None = None) -> Any:
         """See `Driver.meet`."""
-        while self._run(Intent.MEET) is not Verdict.MEET:
-            pass
+        while True:
+            met = self._run(Intent.MEET, errand)
+            if isinstance(met, Met):
+                return met.get()
 
     def synchronize(self) -> None:
         """See `Driver.synchronize`."""
@@ -103,8 +111,13 @@ class Foreground(Driver):
         while wait and self._run(Intent.LEAVE) is not Verdict.STOP:
             pass
 
-    def _run(self, intent: Intent) -> Verdict:
-        result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round)
+    def _run(self, intent: Intent, errand: Errand | None = None) -> Verdict | Met:
+        while True:
+            try:
+                result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round, errand=errand)
+                break
+            except RankLostError as lost:
+                self.rounds.go_on(lost)
         self._steps_at_round = self.metrics.steps
         if not isinstance(result, Staged):
             return result
@@ -135,7 +148,9 @@ class ShadowThread(Driver):
         self._round_began = time.monotonic()
         self._spent_mark = self._counted_mark = 0.0
         self._ahead_s = pacing.head_start_s
-        self._meetings = self._consolidations = 0
+        self._consolidations = 0
+        self._errand: Errand | None = None
+        self._met: Met | None = None
         self._stopped = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="shadow", daemon=True)
@@ -177,10 +192,12 @@ class ShadowThread(Driver):
         self._paused = False
         self._wake.set()
 
-    def meet(self) -> None:
+    def meet(self, errand: Errand | None = None) -> Any:
         """See `Driver.meet`."""
-        target = self._meetings + 1
-        self._wait_in(Intent.MEET, lambda: self._meetings >= target)
+        self._errand, self._met = errand, None
+        self._wait_in(Intent.MEET, lambda: self._met is not None)
+        met, self._errand, self._met = self._met, None, None
+        return None if met is None else met.get()
 
     def synchronize(self) -> None:
         """See `Driver.synchronize`."""
@@ -234,7 +251,7 @@ class ShadowThread(Driver):
             self._ready.set()
             sleep_on_time()
             self._spent_mark = self._counted_mark = self._spent_s()
-            while self._round() is not Verdict.STOP:
+            while self._round_or_recovery() is not Verdict.STOP:
                 pass
         except BaseException as failure:
             logger.debug("shadow thread failed", exc_info=True)
@@ -244,11 +261,27 @@ class ShadowThread(Driver):
                 self._stopped = True
                 self._changed.notify_all()
 
-    def _round(self) -> Verdict:
+    def _round_or_recovery(self) -> Verdict | None:
+        try:
+            return self._round()
+        except RankLostError as lost:
+            self._drop_staged()
+            self.rounds.go_on(lost)
+            return None
+
+    def _drop_staged(self) -> None:
+        """Leave the last round's result unmerged: its memory is needed, and the training thread may be far from it."""
+        with self._changed:
+            if self._staged is not None and self._staged.verdict is Verdict.ROUND:
+                self._staged = None
+        self._await_merge(check=False)
+
+    def _round(self) -> Verdict | None:
+        self._await_merge()
         intent = self._await_turn()
         spent_s = self._spent_s() - self._spent_mark
         self._round_began, self._spent_mark = time.monotonic(), self._spent_mark + spent_s
-        result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round, spent_s)
+        result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round, spent_s, self._errand)
         self.metrics.cpu_s = time.thread_time()
         if isinstance(result, Staged):
             self._steps_at_round = result.steps
@@ -257,10 +290,11 @@ class ShadowThread(Driver):
                 self._pauses = serving_pauses(self._shortest_round_s)
             self._hand_over(result)
             return result.verdict
-        if result is Verdict.MEET:
+        if isinstance(result, Met):
             with self._changed:
+                self._met = result
                 self._answer_call()
-                self._meetings += 1
+            return None
         return result
 
     def _answer_call(self) -> None:
@@ -310,13 +344,19 @@ class ShadowThread(Driver):
             if staged.verdict is Verdict.CONSOLIDATE and self._intent is Intent.CONSOLIDATE:
                 self._answer_call()
             self._changed.notify_all()
+
+    def _await_merge(self, *, check: bool = True) -> None:
+        """Return once the training thread has merged what was staged."""
         while self._staged is not None:
-            self._sleep(math.inf)
+            self._sleep(math.inf, check=check)
             self._wake.clear()
 
-    def _sleep(self, longest_s: float) -> None:
-        """Sleep until woken, answering other ranks' requests meanwhile."""
-        if not self.rounds.serves:
+    def _sleep(self, longest_s: float, *, check: bool = True) -> None:
+        """Sleep until woken, answering other ranks' requests meanwhile, and looking whether one is lost."""
+        if not (self.rounds.serves and check):
+            if self.rounds.outlives_ranks and check:
+                longest_s = min(longest_s, LOOK_S)
+                self.rounds.check()
             self._wake.wait(None if math.isinf(longest_s) else longest_s)
             return
         self._quiet_polls = 0 if self.rounds.serve() else self._quiet_polls + 1

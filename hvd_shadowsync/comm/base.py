@@ -46,8 +46,12 @@ class Communicator(ABC):
 
     rank: int
     size: int
+    members: tuple[int, ...]
+    """By rank, what its number is in the communicator that this one was made from, over `dup` and `survivors`."""
     spans_processes = True
     """Whether each rank is a process, which has to take part until the end of the job."""
+    outlives_ranks = False
+    """Whether a rank that is lost makes calls raise `RankLostError`, instead of ending the job or never returning."""
 
     @abstractmethod
     def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
@@ -97,6 +101,35 @@ class Communicator(ABC):
         """Return a communicator of the ranks that gave the same `color`, in their order (collective, blocking).
 
         None where `color` is None.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `RankLostError` if a rank is lost, or the communicator revoked; does not block.
+
+        For whoever waits for other ranks without a call of this communicator.
+        """
+
+    @abstractmethod
+    def revoke(self) -> None:
+        """Make what is under way on this communicator raise `RankLostError`, on every rank, and all calls from now on.
+
+        Likewise on those that were made from it. All calls but `agree` and `survivors`. Does not wait for other ranks;
+        nothing where the job does not outlive its ranks.
+        """
+
+    @abstractmethod
+    def agree(self, done: bool) -> bool:
+        """Return on every rank that is left whether all ranks are, and said `done` (collective, blocking).
+
+        The same answer everywhere, whoever is lost meanwhile. True at once where the job does not outlive its ranks.
+        """
+
+    @abstractmethod
+    def survivors(self) -> Communicator:
+        """Return a communicator of the ranks that are left, in their order (collective over those, blocking).
+
+        This one must have been revoked; it is not to be used, nor freed, afterwards.
         """
 
     @abstractmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,10 +14,15 @@ import torch
 from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
-from hvd_shadowsync.errors import TransportError
+from hvd_shadowsync.errors import RankLostError, TransportError
 
 T = TypeVar("T")
 BLOCKING_TIMEOUT_S = 60.0
+LOOK_S = 0.005
+
+
+class Killed(BaseException):
+    """Raised in the threads of a rank that was killed."""
 
 
 def run(
@@ -25,16 +31,17 @@ def run(
     *,
     timeout_s: float = BLOCKING_TIMEOUT_S,
     hosts: Sequence[int] | None = None,
+    kill: Mapping[int, int] | None = None,
 ) -> list[T]:
     """Run `program(communicator)` on `size` ranks, each a thread of this process; return the results by rank.
 
-    `hosts` as for `world`.
+    `hosts` and `kill` as for `world`; the result of a rank that was killed is None, whatever became of it.
 
     Raises:
         TransportError: a rank did not end within `timeout_s`; names it.
         Exception: the first error that a rank raised.
     """
-    ranks = world(size, hosts)
+    ranks = world(size, hosts, kill)
     results: list[Any] = [None] * size
     failures: list[tuple[int, BaseException]] = []
 
@@ -42,7 +49,8 @@ def run(
         try:
             results[rank] = program(ranks[rank])
         except BaseException as error:
-            failures.append((rank, error))
+            if not ranks[rank].is_dead:
+                failures.append((rank, error))
 
     threads = [threading.Thread(target=body, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)]
     for thread in threads:
@@ -57,22 +65,53 @@ def run(
     return results
 
 
-def world(size: int, hosts: Sequence[int] | None = None) -> list[Communicator]:
+def world(
+    size: int, hosts: Sequence[int] | None = None, kill: Mapping[int, int] | None = None
+) -> list[LocalCommunicator]:
     """Return the communicators of a world of `size` ranks in this process, by rank.
 
-    `hosts` has the number of each rank's host, for programs that mind; by default all are on one.
+    Args:
+        size: number of ranks.
+        hosts: the number of each rank's host, for programs that mind; by default all are on one.
+        kill: a rank and the number of the call, of whichever communicator, in which it is lost, from 1 on; given (even
+            empty) the others go on (`outlives_ranks`), and `LocalCommunicator.die` may be called as well.
     """
-    shared = _Shared([0] * size if hosts is None else list(hosts))
+    shared = _Shared([0] * size if hosts is None else list(hosts), range(size), _Fate(kill))
     return [LocalCommunicator(shared, rank) for rank in range(size)]
+
+
+class _Fate:
+    """Which ranks of a world are dead, and which are to die, in which of their calls."""
+
+    def __init__(self, kill: Mapping[int, int] | None) -> None:
+        self.outlives_ranks = kill is not None
+        self.dead: set[int] = set()
+        self._left = dict(kill or {})
+        self._lock = threading.Lock()
+
+    def count(self, member: int) -> None:
+        """Take note of a call of `member`: its last one?"""
+        if not self.outlives_ranks:
+            return
+        with self._lock:
+            if member in self._left:
+                self._left[member] -= 1
+                if self._left[member] <= 0:
+                    self.dead.add(member)
+            if member in self.dead:
+                raise Killed(f"rank {member}")
 
 
 @dataclass
 class _Collective:
     kind: str
+    shared: _Shared
     deposits: dict[int, Any] = field(default_factory=dict)
     done: bool = False
 
     def test(self) -> bool:
+        if not self.done:
+            self.shared.require_whole(waiting_for=set(range(self.shared.size)) - set(self.deposits))
         return self.done
 
 
@@ -85,8 +124,10 @@ class _Done:
 class _Shared:
     """What the ranks of one communicator have in common."""
 
-    def __init__(self, hosts: list[int]) -> None:
-        self.hosts, self.size = hosts, len(hosts)
+    def __init__(self, hosts: list[int], members: Sequence[int], fate: _Fate) -> None:
+        self.hosts, self.size, self.members, self.fate = hosts, len(hosts), tuple(members), fate
+        self.revoked = False
+        self.agreements: dict[int, _Agreement] = {}
         self.changed = threading.Condition()
         self.collectives: dict[int, _Collective] = {}
         self.mailboxes: list[list[_Letter]] = [[] for _ in hosts]
@@ -96,7 +137,8 @@ class _Shared:
         self, number: int, kind: str, rank: int, deposit: Any, combine: Callable[[dict[int, Any]], None]
     ) -> Request:
         with self.changed:
-            collective = self.collectives.setdefault(number, _Collective(kind))
+            self.require_whole()
+            collective = self.collectives.setdefault(number, _Collective(kind, self))
             if collective.kind != kind:
                 raise TransportError(f"rank {rank} calls {kind} where another rank calls {collective.kind}")
             collective.deposits[rank] = deposit
@@ -109,7 +151,45 @@ class _Shared:
 
     def part(self, number: int, color: int, members: list[int]) -> _Shared:
         with self.changed:
-            return self.parts.setdefault((number, color), _Shared([self.hosts[rank] for rank in members]))
+            return self.parts.setdefault((number, color), self.of(members))
+
+    def of(self, ranks: list[int]) -> _Shared:
+        return _Shared([self.hosts[rank] for rank in ranks], [self.members[rank] for rank in ranks], self.fate)
+
+    def require_whole(self, waiting_for: set[int] | None = None) -> None:
+        """Raise where the communicator is revoked, or one of the ranks that are waited for is dead."""
+        if self.revoked:
+            raise RankLostError("the communicator is revoked")
+        if dead := [rank for rank in waiting_for or () if self.members[rank] in self.fate.dead]:
+            raise RankLostError(f"rank {dead[0]} is dead")
+
+    def agree(self, number: int, rank: int, done: bool) -> _Agreement:
+        """Return what the ranks that are left have agreed upon, all of them the same."""
+        with self.changed:
+            agreement = self.agreements.setdefault(number, _Agreement())
+            agreement.said[rank] = done
+            deadline = time.monotonic() + BLOCKING_TIMEOUT_S
+            while agreement.alive is None:
+                alive = [each for each in range(self.size) if self.members[each] not in self.fate.dead]
+                if set(alive) <= set(agreement.said):
+                    agreement.alive = alive
+                    agreement.done = len(alive) == self.size and all(agreement.said.values())
+                    self.changed.notify_all()
+                elif time.monotonic() > deadline:
+                    raise TransportError(f"rank {rank} waited {BLOCKING_TIMEOUT_S} s for the others to agree")
+                else:
+                    self.changed.wait(LOOK_S)
+            return agreement
+
+
+@dataclass
+class _Agreement:
+    """What each rank has said, and once all that are left have: who they are, and whether all are and said `done`."""
+
+    said: dict[int, bool] = field(default_factory=dict)
+    alive: list[int] | None = None
+    done: bool = False
+    after: _Shared | None = None
 
 
 class _Letter:
@@ -131,21 +211,24 @@ class _Segments:
 
 @dataclass
 class _Receive:
-    mailbox: list[_Letter]
-    changed: threading.Condition
+    shared: _Shared
+    rank: int
     tensor: Tensor
     source: int
     tag: int
     done: bool = False
 
     def test(self) -> bool:
-        with self.changed:
-            for letter in self.mailbox if not self.done else []:
+        mailbox = self.shared.mailboxes[self.rank]
+        with self.shared.changed:
+            for letter in mailbox if not self.done else []:
                 if (letter.source, letter.tag) == (self.source, self.tag):
-                    self.mailbox.remove(letter)
+                    mailbox.remove(letter)
                     letter.irecv(self.tensor)
                     self.done = True
                     break
+        if not self.done:
+            self.shared.require_whole(waiting_for={self.source})
         return self.done
 
 
@@ -155,10 +238,50 @@ class LocalCommunicator(Communicator):
     spans_processes = False
 
     def __init__(self, shared: _Shared, rank: int) -> None:
-        self.rank, self.size = rank, shared.size
+        self.rank, self.size, self.members = rank, shared.size, shared.members
+        self.outlives_ranks = shared.fate.outlives_ranks
         self._shared = shared
         self._numbers = itertools.count()
         self._parts = itertools.count()
+        self._agreements = itertools.count()
+        self._made: list[LocalCommunicator] = []
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether this rank was killed."""
+        return self._member in self._shared.fate.dead
+
+    def die(self) -> None:
+        """Let this rank be lost, as if its process were killed: its threads get `Killed` at their next calls."""
+        self._shared.fate.dead.add(self._member)
+
+    def check(self) -> None:
+        """See `Communicator.check`."""
+        if self.outlives_ranks:
+            self._count()
+            self._shared.require_whole(waiting_for=set(range(self.size)))
+
+    def revoke(self) -> None:
+        """See `Communicator.revoke`."""
+        if self.outlives_ranks:
+            self._count()
+            self._shared.revoked = True
+            for part in self._made:
+                part.revoke()
+
+    def agree(self, done: bool) -> bool:
+        """See `Communicator.agree`."""
+        if not self.outlives_ranks:
+            return True
+        return self._agreed(done).done
+
+    def survivors(self) -> Communicator:
+        """See `Communicator.survivors`."""
+        agreement = self._agreed(done=True)
+        assert agreement.alive is not None, "it was agreed upon"
+        with self._shared.changed:
+            after = agreement.after = agreement.after or self._shared.of(agreement.alive)
+        return LocalCommunicator(after, agreement.alive.index(self.rank))
 
     def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         """See `Communicator.iallreduce`."""
@@ -201,16 +324,20 @@ class LocalCommunicator(Communicator):
 
     def isend(self, tensor: Tensor, dest: int, tag: int) -> Request:
         """See `Communicator.isend`."""
+        self._count()
         with self._shared.changed:
+            self._shared.require_whole()
             self._shared.mailboxes[dest].append(_Letter(tensor.detach().clone().view(-1), self.rank, tag))
         return _Done()
 
     def irecv(self, tensor: Tensor, source: int, tag: int) -> Request:
         """See `Communicator.irecv`."""
-        return _Receive(self._shared.mailboxes[self.rank], self._shared.changed, tensor, source, tag)
+        self._count()
+        return _Receive(self._shared, self.rank, tensor, source, tag)
 
     def probe(self) -> Message | None:
         """See `Communicator.probe`."""
+        self.check()
         with self._shared.changed:
             mailbox = self._shared.mailboxes[self.rank]
             return mailbox.pop(0) if mailbox else None
@@ -235,25 +362,47 @@ class LocalCommunicator(Communicator):
         number = next(self._parts)
         if color is None:
             return None
-        return LocalCommunicator(self._shared.part(number, color, members), members.index(self.rank))
+        return self._part(self._shared.part(number, color, members), members.index(self.rank))
 
     def dup(self) -> Communicator:
         """See `Communicator.dup`."""
-        return LocalCommunicator(self._shared.part(next(self._parts), 0, list(range(self.size))), self.rank)
+        self._count()
+        self._shared.require_whole()
+        return self._part(self._shared.part(next(self._parts), 0, list(range(self.size))), self.rank)
+
+    def _part(self, shared: _Shared, rank: int) -> LocalCommunicator:
+        part = LocalCommunicator(shared, rank)
+        self._made.append(part)
+        return part
 
     def free(self) -> None:
         """See `Communicator.free`."""
+
+    @property
+    def _member(self) -> int:
+        return self.members[self.rank]
+
+    def _count(self) -> None:
+        self._shared.fate.count(self._member)
+
+    def _agreed(self, done: bool) -> _Agreement:
+        self._count()
+        return self._shared.agree(next(self._agreements), self.rank, done)
 
     def _gather(self, kind: str, value: T) -> list[T]:
         """Return the ranks' own objects, by rank."""
         gathered: dict[int, T] = {}
         request = self._join(kind, (value, gathered), _share_all)
+        deadline = time.monotonic() + BLOCKING_TIMEOUT_S
         with self._shared.changed:
-            if not self._shared.changed.wait_for(request.test, BLOCKING_TIMEOUT_S):
-                raise TransportError(f"rank {self.rank} waited {BLOCKING_TIMEOUT_S} s in {kind}")
+            while not request.test():
+                if time.monotonic() > deadline:
+                    raise TransportError(f"rank {self.rank} waited {BLOCKING_TIMEOUT_S} s in {kind}")
+                self._shared.changed.wait(LOOK_S if self.outlives_ranks else 1.0)
         return [gathered[rank] for rank in range(self.size)]
 
     def _join(self, kind: str, deposit: Any, combine: Callable[[dict[int, Any]], None]) -> Request:
+        self._count()
         return self._shared.join(next(self._numbers), kind, self.rank, deposit, combine)
 
 

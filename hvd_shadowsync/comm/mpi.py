@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +20,16 @@ from torch import Tensor
 from hvd_shadowsync.comm import memory, waiting
 from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.errors import TransportError
+from hvd_shadowsync.errors import RankLostError, ShadowSyncError, TransportError
 
 logger = logging.getLogger(__name__)
 
 _PROCESS = os.getpid()
 WORLD_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "MPI_LOCALNRANKS")
+FAULT_TOLERANT_VARIABLE = "OMPI_MCA_mpi_ft_enable"
+"""What `mpirun --with-ft ulfm` sets for its ranks."""
 LAST_CALLS_S = 10.0
+DRAIN_S = 1.0
 MPI_TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.int64: "INT64_T"}
 
 
@@ -57,14 +64,25 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
     check_launch(mpi)
     everyone = mpi.COMM_WORLD
     if ranks is None:
-        return MpiCommunicator(everyone.Dup())
+        if not outlives_ranks():
+            return MpiCommunicator(everyone.Dup())
+        with _noticing():
+            left = everyone.Shrink()  # a copy of the world, but for ranks that are lost already
+        return MpiCommunicator(left, _members(mpi, left, everyone, range(everyone.size)), outlives_ranks=True)
     if not set(ranks) <= set(range(everyone.size)) or everyone.rank not in ranks:
         raise ValueError(
             f"process_set has ranks {sorted(ranks)}, called on rank {everyone.rank} of {everyone.size}; "
             "only its members may call, and each must be a rank of the job"
         )
     group = everyone.group.Incl(list(ranks))
-    return MpiCommunicator(everyone.Create_group(group))
+    with _noticing():
+        return MpiCommunicator(everyone.Create_group(group), ranks, outlives_ranks=outlives_ranks())
+
+
+def _members(mpi: Any, part: Any, whole: Any, members: Sequence[int]) -> list[int]:
+    """Return the numbers of the ranks of `part`, where those of `whole` have the numbers `members`."""
+    places = mpi.Group.Translate_ranks(part.group, list(range(part.size)), whole.group)
+    return [members[place] for place in places]
 
 
 def check_launch(mpi: Any) -> None:
@@ -96,12 +114,15 @@ class _EndsJob:
 
     def __init__(self, previous: Callable[..., Any]) -> None:
         self._previous = previous
-        self.active = True
+        self.active, self.spares_others = True, False
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._previous(kind, error, trace)
-        if self.active:
-            end_job(f"uncaught {kind.__name__}")
+        if not self.active:
+            return
+        if self.spares_others and not issubclass(kind, ShadowSyncError) and outlives_ranks():
+            leave_job(f"uncaught {kind.__name__}")
+        end_job(f"uncaught {kind.__name__}")
 
 
 def end_job_on_exception(active: bool = True) -> None:
@@ -115,6 +136,15 @@ def end_job_on_exception(active: bool = True) -> None:
     sys.excepthook.active = active
 
 
+def spare_others_on_exception() -> None:
+    """From now on let an uncaught exception end this rank alone, where the job outlives its ranks.
+
+    But for ours, which are raised on every rank.
+    """
+    if isinstance(sys.excepthook, _EndsJob):
+        sys.excepthook.spares_others = True
+
+
 def is_forked() -> bool:
     """Whether this process is a child of the one that imported the package: no rank, though it has a rank's memory."""
     return os.getpid() != _PROCESS
@@ -122,15 +152,33 @@ def is_forked() -> bool:
 
 def end_job(why: str) -> None:
     """End all ranks of the MPI job that this process is a rank of; nothing where there is none."""
-    if is_forked():
-        return
+    if (mpi := _mpi_of_job()) is not None:
+        _say(f"rank {mpi.COMM_WORLD.rank} ends the job: {why}")
+        mpi.COMM_WORLD.Abort(1)
+
+
+def leave_job(why: str) -> None:
+    """End this rank of an MPI job that outlives it; nothing where it is no rank.
+
+    By a signal: Open MPI's launcher takes notice of no other end of a rank.
+    """
+    if (mpi := _mpi_of_job()) is not None:
+        _say(f"rank {mpi.COMM_WORLD.rank} leaves the job: {why}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _mpi_of_job() -> Any:
+    """Return mpi4py's MPI if this process is a rank of a job of several."""
     mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
-        return
-    print(f"hvd_shadowsync: rank {mpi.COMM_WORLD.rank} ends the job: {why}", file=sys.stderr)
+    if is_forked() or mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
+        return None
+    return mpi
+
+
+def _say(text: str) -> None:
+    print(f"hvd_shadowsync: {text}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    mpi.COMM_WORLD.Abort(1)
 
 
 class _InUse:
@@ -166,33 +214,63 @@ class _InUse:
 
 
 _IN_USE = _InUse()
+_ABANDONED: list[_MpiRequest] = []
+"""Requests that a lost rank has left under way, with the memory that MPI may still write to."""
+
+
+def outlives_ranks() -> bool:
+    """Whether this job was started so that it goes on when ranks are lost: `mpirun --with-ft ulfm`."""
+    return os.environ.get(FAULT_TOLERANT_VARIABLE, "0").lower() in ("1", "true") and hasattr(load_mpi().Comm, "Shrink")
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """Raise `RankLostError` for MPI's errors that say so."""
+    mpi = load_mpi()
+    try:
+        yield
+    except mpi.Exception as error:
+        if error.Get_error_class() in (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED):
+            raise RankLostError(f"a rank is lost ({error})") from error
+        raise
 
 
 class _MpiRequest:
-    """A request together with the buffers that MPI works on."""
+    """A request together with the buffers that MPI works on; `pending` are those of its communicator under way."""
 
-    def __init__(self, request: Any, *buffers: Any) -> None:
-        self._request, self._buffers = request, buffers
+    def __init__(self, pending: set[_MpiRequest] | None, request: Any, *buffers: Any) -> None:
+        self._request, self._buffers, self._pending = request, buffers, pending
+        if pending is not None:
+            pending.add(self)
 
     def test(self) -> bool:
-        return bool(self._request.Test())
+        if self._pending is None:
+            return bool(self._request.Test())
+        with _noticing():
+            complete = bool(self._request.Test())
+        if complete:
+            self._pending.discard(self)
+        return complete
 
     def wait(self, poller: Poller) -> bool:
         mpi = load_mpi()
         test = waiting.mpi_test(mpi) if waiting.load() is not None else None
         if test is None:
             return False
-        waiting.wait(test, mpi._addressof(self._request), poller, mpi.Exception)
+        with _noticing():
+            waiting.wait(test, mpi._addressof(self._request), poller, mpi.Exception)
+        if self._pending is not None:
+            self._pending.discard(self)
         return True
 
 
 class _MpiMessage:
-    def __init__(self, message: Any, source: int, tag: int, num_bytes: int) -> None:
-        self._message, self.source, self.tag, self.num_bytes = message, source, tag, num_bytes
+    def __init__(self, comm: MpiCommunicator, message: Any, source: int, tag: int, num_bytes: int) -> None:
+        self._comm, self._message, self.source, self.tag, self.num_bytes = comm, message, source, tag, num_bytes
 
     def irecv(self, tensor: Tensor) -> Request:
         buffer = _bytes(tensor)
-        return _MpiRequest(self._message.Irecv(buffer), buffer)
+        return self._comm._begun(self._message.Irecv, (buffer,), buffer)
 
 
 class _Segments:
@@ -204,59 +282,117 @@ class _Segments:
 
 
 class MpiCommunicator(Communicator):
-    """Owns the mpi4py communicator that it is given and frees it."""
+    """Owns the mpi4py communicator that it is given and frees it.
 
-    def __init__(self, comm: Any) -> None:
+    Args:
+        comm: the communicator.
+        members: see `Communicator.members`; by default its ranks.
+        outlives_ranks: see `Communicator.outlives_ranks`.
+    """
+
+    def __init__(self, comm: Any, members: Sequence[int] | None = None, *, outlives_ranks: bool = False) -> None:
         self._mpi = load_mpi()
         self._comm = comm
         _IN_USE.add(self._mpi)
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
+        self.members = tuple(range(comm.size) if members is None else members)
+        self.outlives_ranks = outlives_ranks
+        self._pending: set[_MpiRequest] | None = set() if outlives_ranks else None
         self._hosts: list[int] | None = None
+        self._parts: list[MpiCommunicator] = []
 
     def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         """See `Communicator.iallreduce`."""
         kind = getattr(self._mpi, MPI_TYPES[send.dtype])
         into = [(send if recv is None else recv).detach().numpy(), kind]
         out = self._mpi.IN_PLACE if recv is None else [send.detach().numpy(), kind]
-        return _MpiRequest(self._comm.Iallreduce(out, into, self._mpi.SUM), out, into)
+        return self._begun(self._comm.Iallreduce, (out, into, self._mpi.SUM), out, into)
 
     def iallgather(self, send: Tensor, recv: Tensor) -> Request:
         """See `Communicator.iallgather`."""
         out, into = _bytes(send), _bytes(recv)
-        return _MpiRequest(self._comm.Iallgather(out, into), out, into)
+        return self._begun(self._comm.Iallgather, (out, into), out, into)
 
     def ialltoall(self, send: Tensor, recv: Tensor) -> Request:
         """See `Communicator.ialltoall`."""
         out, into = _bytes(send), _bytes(recv)
-        return _MpiRequest(self._comm.Ialltoall(out, into), out, into)
+        return self._begun(self._comm.Ialltoall, (out, into), out, into)
 
     def ibcast(self, tensor: Tensor, root: int = 0) -> Request:
         """See `Communicator.ibcast`."""
         buffer = _bytes(tensor)
-        return _MpiRequest(self._comm.Ibcast(buffer, root), buffer)
+        return self._begun(self._comm.Ibcast, (buffer, root), buffer)
 
     def isend(self, tensor: Tensor, dest: int, tag: int) -> Request:
         """See `Communicator.isend`."""
         buffer = _bytes(tensor)
-        return _MpiRequest(self._comm.Isend(buffer, dest, tag), buffer)
+        return self._begun(self._comm.Isend, (buffer, dest, tag), buffer)
 
     def irecv(self, tensor: Tensor, source: int, tag: int) -> Request:
         """See `Communicator.irecv`."""
         buffer = _bytes(tensor)
-        return _MpiRequest(self._comm.Irecv(buffer, source, tag), buffer)
+        return self._begun(self._comm.Irecv, (buffer, source, tag), buffer)
 
     def probe(self) -> Message | None:
         """See `Communicator.probe`."""
-        message = self._comm.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, self._status)
+        with _noticing():
+            message = self._comm.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, self._status)
         if message is None:
             return None
         num_bytes = self._status.Get_count(self._mpi.BYTE)
-        return _MpiMessage(message, self._status.source, self._status.tag, num_bytes)
+        return _MpiMessage(self, message, self._status.source, self._status.tag, num_bytes)
 
     def allgather_object(self, value: Any) -> list[Any]:
         """See `Communicator.allgather_object`."""
-        return list(self._comm.allgather(value))
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.empty(self.size, dtype=torch.int64)
+        Poller().wait([self.iallgather(torch.tensor([own.numel()]), sizes)])
+        most = int(sizes.max())
+        everyone = torch.empty(self.size, most, dtype=torch.uint8)
+        Poller().wait([self.iallgather(torch.cat([own, own.new_zeros(most - own.numel())]), everyone)])
+        pairs = zip(everyone, sizes.tolist(), strict=True)
+        return [pickle.loads(each[:length].numpy().tobytes()) for each, length in pairs]
+
+    def check(self) -> None:
+        """See `Communicator.check`."""
+        if self.outlives_ranks:
+            with _noticing():
+                self._comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG)
+
+    def revoke(self) -> None:
+        """See `Communicator.revoke`; returns once nothing that is under way can write into memory of this rank."""
+        if self._pending is None or self._comm == self._mpi.COMM_NULL:
+            return
+        for part in self._parts:
+            part.revoke()
+        self._comm.Revoke()
+        deadline = time.monotonic() + DRAIN_S
+        while self._pending and time.monotonic() < deadline:
+            for request in list(self._pending):
+                try:
+                    request.test()
+                except (RankLostError, self._mpi.Exception):
+                    self._pending.discard(request)
+        _ABANDONED.extend(self._pending)
+        self._pending.clear()
+
+    def agree(self, done: bool) -> bool:
+        """See `Communicator.agree`."""
+        if not self.outlives_ranks:
+            return True
+        try:
+            with _noticing():
+                return bool(self._comm.Agree(int(done)))
+        except RankLostError:
+            return False
+
+    def survivors(self) -> Communicator:
+        """See `Communicator.survivors`."""
+        with _noticing():
+            left = self._comm.Shrink()
+        _IN_USE.remove()
+        return MpiCommunicator(left, self._members_of(left), outlives_ranks=True)
 
     def share(self, num_bytes: int) -> SharedMemory | None:
         """See `Communicator.share`."""
@@ -265,15 +401,33 @@ class MpiCommunicator(Communicator):
     def hosts(self) -> list[int]:
         """See `Communicator.hosts`."""
         if self._hosts is None:
-            host = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
-            self._hosts = self.allgather_object(host.bcast(self.rank, 0))
-            host.Free()
+            with _noticing():
+                host = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+                self._hosts = self.allgather_object(host.bcast(self.rank, 0))
+                host.Free()
         return self._hosts
 
     def split(self, color: int | None) -> Communicator | None:
         """See `Communicator.split`."""
-        part = self._comm.Split(self._mpi.UNDEFINED if color is None else color, self.rank)
-        return None if color is None else MpiCommunicator(part)
+        with _noticing():
+            part = self._comm.Split(self._mpi.UNDEFINED if color is None else color, self.rank)
+        if color is None:
+            return None
+        return self._part(part, self._members_of(part))
+
+    def _part(self, comm: Any, members: Sequence[int]) -> MpiCommunicator:
+        part = MpiCommunicator(comm, members, outlives_ranks=self.outlives_ranks)
+        self._parts.append(part)
+        return part
+
+    def _members_of(self, part: Any) -> list[int]:
+        return _members(self._mpi, part, self._comm, self.members)
+
+    def _begun(self, call: Callable[..., Any], arguments: tuple[Any, ...], *buffers: Any) -> Request:
+        if self._pending is None:
+            return _MpiRequest(None, call(*arguments), *buffers)
+        with _noticing():
+            return _MpiRequest(self._pending, call(*arguments), *buffers)
 
     def _attach_all(self, num_bytes: int) -> SharedMemory | None:
         file, segments, failure = None, [], ""
@@ -296,11 +450,13 @@ class MpiCommunicator(Communicator):
 
     def dup(self) -> Communicator:
         """See `Communicator.dup`."""
-        return MpiCommunicator(self._comm.Dup())
+        with _noticing():
+            return self._part(self._comm.Dup(), self.members)
 
     def free(self) -> None:
-        """See `Communicator.free`."""
-        self._comm.Free()
+        """See `Communicator.free`; where ranks may be lost MPI keeps what it has, as others may not come to free it."""
+        if not self.outlives_ranks:
+            self._comm.Free()
         _IN_USE.remove()
 
 

@@ -117,6 +117,27 @@ class ElasticCenter(Reducer):
         return answer
 
 
+def gather_center(
+    reducer: ElasticCenter | ElasticInTurn, owners: Sequence[int], comm: Communicator, poller: Poller, out: Tensor
+) -> None:
+    """Fill the shards of the center that are left into `out`, on every rank of `comm` (collective).
+
+    Args:
+        reducer: with this rank's shard.
+        owners: whose the shards are, by `Communicator.members`; those of ranks that are not in `comm` are lost.
+        comm: over the ranks that are left.
+        poller: how to wait.
+        out: flat vector; it stays as it is where shards are lost.
+    """
+    shards = Shards(out.numel(), len(owners))
+    for place, owner in enumerate(owners):
+        if owner in comm.members:
+            root, part = comm.members.index(owner), out[shards.of(place)]
+            if root == comm.rank:
+                part.copy_(reducer.center)
+            poller.wait([comm.ibcast(part, root)])
+
+
 def pauses_for(poller: Poller, exchange_s: float) -> Poller:
     """Return `poller` with pauses that suit an exchange of `exchange_s`."""
     longest_s = min(SHARE_OF_AN_EXCHANGE * exchange_s, LONGEST_CALLING_PAUSE_S)

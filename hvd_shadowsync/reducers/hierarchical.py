@@ -114,6 +114,7 @@ class HierarchicalMean(Reducer):
                 if mean.go_on(done):
                     polls = 0
                     continue
+                memory.check()
                 network.poke()  # what is on the network would wait for this host's slowest rank
                 self._poller.pause(polls := polls + 1)
             memory.fence()
@@ -132,6 +133,7 @@ class HierarchicalMean(Reducer):
                 if mean.go_on(done):
                     polls = 0
                     continue
+                self._memory.check()
                 self._poller.pause(polls := polls + 1)
             self._memory.fence()
             yield part, self._memory.sums[part]

@@ -30,6 +30,7 @@ class HostMemory:
     """
 
     def __init__(self, comm: Communicator, memory: SharedMemory, numel: int, dtype: torch.dtype, room: int) -> None:
+        self._comm = comm
         self.rank, self.size = comm.rank, comm.size
         self.numel, self.dtype = numel, dtype
         self._fence = memory.fence
@@ -66,6 +67,10 @@ class HostMemory:
         """Return when all ranks have got as far as `number`; what they wrote before is there then."""
         poller.wait([_Count(self, column, number)])
         self._fence()
+
+    def check(self) -> None:
+        """Raise where a rank is lost, which would be waited for without end."""
+        self._comm.check()
 
     def fence(self) -> None:
         """Order this rank's reads after what it has read of the others' counters."""
@@ -108,7 +113,10 @@ class _Count:
     number: int
 
     def test(self) -> bool:
-        return self.memory.counted(self.column) >= self.number
+        if self.memory.counted(self.column) >= self.number:
+            return True
+        self.memory.check()
+        return False
 
 
 def _chunk(numel: int, dtype: torch.dtype, chunk_bytes: int) -> int:

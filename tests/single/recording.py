@@ -41,7 +41,8 @@ class Recorded(Communicator):
 
     def __init__(self, comm: Communicator) -> None:
         self._comm, self.record = comm, Record()
-        self.rank, self.size, self.spans_processes = comm.rank, comm.size, comm.spans_processes
+        self.rank, self.size, self.members = comm.rank, comm.size, comm.members
+        self.spans_processes, self.outlives_ranks = comm.spans_processes, comm.outlives_ranks
 
     def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         return self._watch("iallreduce", send, self._comm.iallreduce(send, recv))
@@ -79,6 +80,18 @@ class Recorded(Communicator):
 
     def dup(self) -> Communicator:
         return self._comm.dup()
+
+    def check(self) -> None:
+        self._comm.check()
+
+    def revoke(self) -> None:
+        self._comm.revoke()
+
+    def agree(self, done: bool) -> bool:
+        return self._comm.agree(done)
+
+    def survivors(self) -> Communicator:
+        return self._comm.survivors()
 
     def free(self) -> None:
         self._comm.free()

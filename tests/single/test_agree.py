@@ -14,8 +14,8 @@ from hvd_shadowsync.agree import (
     describe_optimizer,
     describe_settings,
     describe_tensors,
+    describe_values,
     require_same,
-    require_same_values,
 )
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.errors import ReplicaMismatchError
@@ -40,7 +40,8 @@ def complaints(lines: list[list[tuple[str, str]]]) -> list[str]:
 def values_complaints(tensors: list[Tensor]) -> list[str]:
     def program(comm: Communicator) -> str:
         try:
-            require_same_values(comm, [NamedTensor("w", torch.ones(1)), NamedTensor("v", tensors[comm.rank])])
+            named = [NamedTensor("w", torch.ones(1)), NamedTensor("v", tensors[comm.rank])]
+            require_same(comm, describe_values(named))
         except ReplicaMismatchError as error:
             return str(error)
         return ""

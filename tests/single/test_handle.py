@@ -208,7 +208,8 @@ class Silent(LocalCommunicator):
     """The only rank of a world, in which nobody may say anything."""
 
     def __init__(self) -> None:
-        self.rank, self.size = 0, 1
+        self.rank, self.size, self.members = 0, 1, (0,)
+        self.outlives_ranks = False
 
     def _join(self, kind: str, deposit: Any, combine: Any) -> Any:
         raise AssertionError(f"{kind} at world size 1")

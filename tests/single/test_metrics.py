@@ -30,6 +30,8 @@ KEYS = [
     "chunks_in_flight",
     "pause_ms",
     "searching",
+    "ranks_lost",
+    "recovery_ms",
 ]
 
 

@@ -20,6 +20,7 @@ from hvd_shadowsync.ballot import Intent, Verdict
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.errors import ReplicaMismatchError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reduction import RoundOptions
@@ -39,7 +40,7 @@ class Rank:
         self.metrics = RoundMetrics()
         self.replica = self.make_replica()
         self.options = RoundOptions(algorithm, **options)
-        self.rounds = Rounds(comm.dup(), self.replica, self.options, self.metrics, Poller())
+        self.rounds = Rounds(Survivors(comm.dup()), self.replica, self.options, self.metrics, Poller())
 
     def make_replica(self, **more: Tensor) -> Replica:
         buffers = [NamedTensor("buffer", self.buffer), NamedTensor("counter", self.counter)]
@@ -175,7 +176,7 @@ def test_rounds_reckon_from_the_buffers_of_rank_0(foreground: bool) -> None:
         rank = Rank(comm, ModelAveraging(), foreground=foreground)
         rank.buffer.fill_(1000.0 * (1 + comm.rank))
         options = RoundOptions(ModelAveraging(), wire_dtype=torch.float16, foreground=foreground)
-        rank.rounds = Rounds(comm.dup(), rank.replica, options, rank.metrics, Poller())
+        rank.rounds = Rounds(Survivors(comm.dup()), rank.replica, options, rank.metrics, Poller())
         rank.round()
         return rank.buffer
 
@@ -660,7 +661,14 @@ def test_a_rounds_cost_is_its_time_or_its_share_of_the_budget() -> None:
     def program(comm: Communicator) -> list[float]:
         replica = Replica([NamedTensor("weights", torch.zeros(6))])
         plain, paced = (
-            Rounds(comm.dup(), replica, RoundOptions(ModelAveraging()), RoundMetrics(), Poller(), cpu_budget=budget)
+            Rounds(
+                Survivors(comm.dup()),
+                replica,
+                RoundOptions(ModelAveraging()),
+                RoundMetrics(),
+                Poller(),
+                cpu_budget=budget,
+            )
             for budget in (None, 0.02)
         )
         return [plain._cost_s(0.3, 0.01), paced._cost_s(0.3, 0.01), paced._cost_s(0.3, 0.001)]

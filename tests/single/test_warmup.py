@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from ranks_as_threads import on_ranks
+from recording import Recorded
 from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.replica import NamedTensor
 from hvd_shadowsync.warmup import Warmup
 
@@ -27,7 +29,11 @@ def parameters(
 
 
 def warmup_of(comm: Communicator, steps: int, **options: Any) -> Warmup:
-    return Warmup(comm, Poller(), steps, **options)
+    return Warmup(Survivors(comm), Poller(), steps, **options)
+
+
+def root_of(warmup: Warmup) -> int:
+    return warmup.trained[0] if warmup.trained else 0
 
 
 def full(value: float, **options: Any) -> Tensor:
@@ -96,16 +102,14 @@ def test_sparse_gradients(sparse_as_dense: bool) -> None:
             assert sorted(gradient.coalesce().indices()[0].tolist()) == [0, 1, 3]
 
 
-def test_bytes_on_the_wire_are_those_of_the_gradients() -> None:
-    def program(comm: Communicator) -> list[int]:
-        warmup = warmup_of(comm, 2)
-        sent = [warmup.bytes_sent]
-        for _ in range(2):
-            warmup.average(parameters(full(1.0), full(2.0)))
-            sent.append(warmup.bytes_sent)
-        return sent
+def test_what_travels_are_the_gradients_and_who_has_them() -> None:
+    def program(comm: Communicator) -> list[tuple[str, int]]:
+        watched = Recorded(comm)
+        warmup = warmup_of(watched, 1)
+        warmup.average(parameters(full(1.0), None))
+        return watched.record.calls
 
-    assert on_ranks(2, program) == [[0, 32, 64]] * 2
+    assert on_ranks(2, program) == [[("iallgather", 3), ("ialltoall", 16), ("iallgather", 8)]] * 2
 
 
 # --- ranks with fewer steps -------------------------------------------------------------------------------------------
@@ -122,7 +126,7 @@ def test_a_rank_that_stops_does_not_count_and_holds_nobody_up(leaving: bool) -> 
             warmup.average(params)
             seen.append(params[0].tensor.grad[0].item())
         warmup.finish(parameters(full(99.0)), leaving=leaving)
-        return seen, warmup.left, warmup.root
+        return seen, warmup.left, root_of(warmup)
 
     first, second = on_ranks(2, program)
     assert first == ([1.5, 1.0, 1.0], 0, 0)
@@ -169,12 +173,12 @@ def test_where_ranks_leave_and_none_trains_the_warm_up_is_over(leavers: set[int]
 def test_the_root_is_a_rank_that_made_every_step() -> None:
     def program(comm: Communicator) -> list[int]:
         warmup, roots = warmup_of(comm, 3), []
-        roots.append(warmup.root)
+        roots.append(root_of(warmup))
         for _ in range(1 + comm.rank):  # rank 2 alone makes all three
             warmup.average(parameters(full(1.0)))
-            roots.append(warmup.root)
+            roots.append(root_of(warmup))
         warmup.finish(parameters(full(1.0)), leaving=False)
-        return [*roots, warmup.root]
+        return [*roots, root_of(warmup)]
 
     assert on_ranks(3, program) == [[0, 0, 2], [0, 0, 1, 2], [0, 0, 1, 2, 2]]
 
