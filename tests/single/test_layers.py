@@ -30,7 +30,7 @@ def part(module: str) -> str:
 
 
 LAYERS = [
-    ["errors", "checks", "libraries", "gpus"],
+    ["errors", "checks", "libraries", "gpus", "ending"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned"],
     ["algorithms"],
