@@ -272,7 +272,7 @@ class LocalCommunicator(Communicator):
     def agree(self, done: bool) -> bool:
         """See `Communicator.agree`."""
         if not self.outlives_ranks:
-            return True
+            return done
         return self._agreed(done).done
 
     def survivors(self) -> Communicator:

@@ -12,6 +12,7 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding.carrier import Carrier, Way
 from hvd_shadowsync.embedding.inputs import Batch, empty_batch
+from hvd_shadowsync.embedding.lost import telling_lost_rows
 from hvd_shadowsync.embedding.meeting import Call, Meetings, Word, takes_part
 from hvd_shadowsync.embedding.messages import Messages
 from hvd_shadowsync.embedding.onehost import OneHost
@@ -52,6 +53,7 @@ class Exchange:
         self._served: dict[int, Lookup] = {}
         self._begun: weakref.WeakValueDictionary[int, Lookup] = weakref.WeakValueDictionary()
 
+    @telling_lost_rows
     def lookup(self, batch: Batch, *, wants_gradient: bool, dtype: torch.dtype) -> Lookup:
         """Look `batch` up; the vectors are in `Lookup.out`, [samples, width] (collective).
 
@@ -86,6 +88,7 @@ class Exchange:
         """See `Carrier.stage`; may be called by another thread."""
         return self._carrier_of(lookup).stage(lookup, gradient, keep=keep)
 
+    @telling_lost_rows
     def update(self, lookup: Lookup, gradient: Tensor, *, trails: bool = False) -> None:
         """Update the rows that `lookup` touched; `gradient` is what was staged (collective).
 
@@ -105,6 +108,7 @@ class Exchange:
             self._serve(Call.LOOKUP, words, gradient.dtype)
         self._update(lookup, gradient, exponent, words)
 
+    @telling_lost_rows
     def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
         """Take part in what the others do, without a batch, until all are here, or all are closing (collective)."""
         own = Call.CLOSE if closing else Call.JOIN

@@ -23,7 +23,7 @@ from hvd_shadowsync.embedding.kernels.base import Gradient, Pooling
 from hvd_shadowsync.embedding.layout import Piece
 from hvd_shadowsync.embedding.meeting import Meetings, Word
 from hvd_shadowsync.embedding.routing import Lookup, Router, Traffic, pack, unpack
-from hvd_shadowsync.errors import EmbeddingError
+from hvd_shadowsync.errors import EmbeddingError, RankLostError
 
 LINE = 64
 SPARE = 1.5
@@ -94,6 +94,7 @@ class _Reached:
 
     counters: list[Tensor]
     number: int
+    comm: Communicator
 
     def test(self) -> bool:
         found = [each.item() for each in self.counters]
@@ -101,7 +102,10 @@ class _Reached:
             raise EmbeddingError(
                 f"rank {found.index(FAILED)} failed while it looked rows up, so that no rank can go on; see its error"
             )
-        return min(found) >= self.number
+        if min(found) >= self.number:
+            return True
+        self.comm.check()
+        return False
 
 
 class OneHost(Carrier):
@@ -176,6 +180,8 @@ class OneHost(Carrier):
         """See `Carrier.look_up`."""
         try:
             self._look_up(lookup, offer, words, dtype)
+        except RankLostError:  # the others notice that by themselves
+            raise
         except BaseException:
             if all(each.item() != FAILED for each in self._counters):
                 self._counters[self._comm.rank].fill_(FAILED)  # the others wait for it
@@ -200,7 +206,7 @@ class OneHost(Carrier):
         self._fence()
         if self._counters[rank].item() != FAILED:
             self._counters[rank].fill_(lookup.number)
-        self._poller.wait([_Reached(self._counters, lookup.number)])
+        self._poller.wait([_Reached(self._counters, lookup.number, self._comm)])
         self._fence()
         if offer is not None:
             self._add_parts(lookup.out, slot, place)

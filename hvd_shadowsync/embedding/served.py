@@ -18,6 +18,7 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
 from hvd_shadowsync.embedding.inputs import Batch
 from hvd_shadowsync.embedding.kernels.base import Bags
+from hvd_shadowsync.embedding.lost import telling_lost_rows
 from hvd_shadowsync.embedding.meeting import Call, Meetings, Word
 from hvd_shadowsync.embedding.routing import KEPT, Lookup, Router, Run, Traffic, exponent_of, pack, remember, unpack
 from hvd_shadowsync.errors import EmbeddingError
@@ -58,6 +59,7 @@ class Served:
         self._tickets = 0
         self._received: list[dict[int, list[Bags]]] = [{} for _ in range(comm.size)]
 
+    @telling_lost_rows
     def lookup(self, batch: Batch, *, wants_gradient: bool, dtype: torch.dtype) -> Lookup:
         """Look `batch` up, serving others meanwhile."""
         router = self._router
@@ -86,6 +88,7 @@ class Served:
         """See `Carrier.stage`."""
         return self._router.of_sums(lookup, gradient, keep=keep)
 
+    @telling_lost_rows
     def update(self, lookup: Lookup, gradient: Tensor, *, trails: bool = False) -> None:
         """Give the owners their gradients; return when they have applied them, serving others meanwhile."""
         router = self._router
@@ -115,6 +118,7 @@ class Served:
     def leave_unused(self, lookup: Lookup) -> None:
         """See `Exchange.leave_unused`: nothing is to be done, since nobody waits for a gradient."""
 
+    @telling_lost_rows
     def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
         """Serve until all ranks are closing (collective); nothing else: ranks that join serve anyway."""
         if closing:
@@ -129,6 +133,7 @@ class Served:
         for comm in self._pair:
             comm.free()
 
+    @telling_lost_rows
     def serve_some(self) -> bool:
         """Answer what has come in; tell whether anything was done. The thread calls it when it has nothing to do."""
         return self._service.serve()

@@ -25,6 +25,7 @@ from hvd_shadowsync.embedding.holding import (
     reset_state,
     shared_rows,
 )
+from hvd_shadowsync.embedding.lost import telling_lost_rows
 from hvd_shadowsync.embedding.meeting import NAMES, SERVING, Call
 from hvd_shadowsync.embedding.placement import Plan, RowRange, Shard
 from hvd_shadowsync.embedding.tables import EmbeddingTable
@@ -139,6 +140,7 @@ def enter(module: Sharded, call: str) -> None:
         module.join()
 
 
+@telling_lost_rows
 def agree(module: Sharded, call: str, failure: str | None, value: Any = None) -> list[Any]:
     """Return every rank's `value`, or raise `CheckpointError` on every rank with the first failure (collective)."""
     _require_all(module, call)
@@ -162,6 +164,7 @@ def _raise_left(call: str, serving: dict[int, Call]) -> NoReturn:
     )
 
 
+@telling_lost_rows
 def _meet(module: Sharded, call: str) -> dict[int, Call]:
     """Return the ranks that do nothing of their own but serve the others; they do not take part in `call`."""
     module.wait()
@@ -204,6 +207,7 @@ class _Gathering:
         self._dtype = getattr(module.replicated, self._table.name).dtype if replicated else module._dtype
         self.slots = [WEIGHT] if replicated else [*self._per_weight, STEPS]
 
+    @telling_lost_rows
     def rows(self, slot: str, first: int, last: int) -> Tensor | None:
         """Return rows [first, last) of `slot`, where this rank is a receiver (collective)."""
         per_weight = self._per_weight[slot]
@@ -227,6 +231,7 @@ class _Gathering:
             out[compact(rows), start:stop] = values.view(len(rows), -1)
         return out
 
+    @telling_lost_rows
     def steps(self) -> Tensor | None:
         """Return the updates of the table, where this rank is a receiver (collective)."""
         requests: list[Request] = []
