@@ -213,7 +213,7 @@ def test_rows_of_a_lost_rank_are_an_error_everywhere(hosts: str, mode: str) -> N
     def program(comm: Communicator) -> str:
         tables = [EmbeddingTable("users", 50, 4, pooling="sum")]
         try:
-            module = ShardedEmbeddingBag(tables, {"users": "row_wise"}, SGD(lr=0.1), mode=mode, communicator=comm)
+            module = ShardedEmbeddingBag(tables, {"users": "row-wise"}, SGD(lr=0.1), mode=mode, communicator=comm)
             for step in range(4):
                 ids = torch.arange(comm.rank + step, 50, 7)
                 module({"users": ids}).square().sum().backward()
