@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
 from hvd_shadowsync.checks import choice
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag, open_modules
+from hvd_shadowsync.metrics import COUNTERS
 from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.reduction import RoundOptions
-from hvd_shadowsync.replica import MERGES
+from hvd_shadowsync.replica import MERGES, NamedTensor
 
 WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
 
@@ -51,10 +52,27 @@ def check_communicator(communicator: Any) -> None:
         )
 
 
-def check_rounds_state(state: Any) -> None:
-    """Raise unless `state` is None, empty, or what `ShadowSync.state_dict` returned."""
-    if state and not (isinstance(state, Mapping) and {"algorithm", "state", "counters"} <= set(state)):
+def check_rounds_state(state: Any, params: Sequence[NamedTensor] = ()) -> None:
+    """Raise unless `state` is None, empty, or what `ShadowSync.state_dict` returned, for `params`."""
+    if not state:
+        return
+    if not (isinstance(state, Mapping) and {"algorithm", "state", "counters"} <= set(state)):
         raise ValueError("the state of rounds has no algorithm, state and counters; pass what state_dict() returned")
+    counters, tensors = state["counters"], state["state"]
+    if not (isinstance(state["algorithm"], Mapping) and isinstance(state["algorithm"].get("name"), str)):
+        raise ValueError("the state of rounds does not name its algorithm; pass what state_dict() returned")
+    if not (isinstance(counters, Mapping) and all(type(counters.get(name)) is int for name in COUNTERS)):
+        raise ValueError(f"the state of rounds lacks counters ({', '.join(COUNTERS)}); pass what state_dict() returned")
+    if not (isinstance(tensors, Mapping) and all(isinstance(each, Mapping) for each in tensors.values())):
+        raise ValueError("the state of rounds has no tensors by parameter name; pass what state_dict() returned")
+    for kind, by_name in tensors.items():
+        for each in params:
+            found = by_name.get(each.name)
+            if each.name in by_name and not (isinstance(found, torch.Tensor) and found.numel() == each.numel):
+                raise ValueError(
+                    f"the state of rounds has a {kind} of {each.name} that does not fit the parameter; pass the state "
+                    "of this model"
+                )
 
 
 def round_options(

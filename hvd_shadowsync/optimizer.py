@@ -282,7 +282,7 @@ class ShadowSync:
         Of another algorithm's `state` the counters are taken over, with a warning.
         """
         self._require_open("load_state_dict()")
-        arguments.check_rounds_state(state)
+        arguments.check_rounds_state(state, self._replica.params)
         if self.size == 1:
             self._remember(state)
             return
@@ -436,7 +436,7 @@ class ShadowSync:
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         rounds = state.pop(STATE_KEY, None) or None
-        arguments.check_rounds_state(rounds)
+        arguments.check_rounds_state(rounds, self._replica.params)
         if self.size == 1:
             self._remember(rounds)
             return
