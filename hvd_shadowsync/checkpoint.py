@@ -129,21 +129,24 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _require_plain(path: Path) -> None:
-    """Raise where `path` is no regular file, or an archive that unpacks to more than it is: `torch.save` makes none."""
+    """Raise where `path` is no regular file, or an archive that is damaged, or that unpacks to more than it is."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is no regular file; give the file that checkpoint.save wrote")
     with open(path, "rb") as file:
         if file.read(len(ZIP_HEAD)) != ZIP_HEAD:
             return
     with zipfile.ZipFile(path) as archive:
-        if sum(each.file_size for each in archive.infolist()) > path.stat().st_size:
+        members = archive.infolist()
+        if sum(each.file_size for each in members) > path.stat().st_size:
             raise CheckpointError(f"{path} is compressed, which torch.save does not do; save with checkpoint.save")
+        if any(each.CRC for each in members) and (damaged := archive.testzip()):  # torch can leave checksums out
+            raise CheckpointError(f"{path} is damaged: {damaged} has another checksum; use another checkpoint")
 
 
 def _said(error: pickle.UnpicklingError) -> str:
     """Return what torch says is in the file, without its advice to load code all the same."""
-    found = re.search(r"Unsupported (?:global: GLOBAL|class|operand) ?[^\s,]*", str(error))
-    return found[0] if found else "UnpicklingError"
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for {found[1]}" if found else "UnpicklingError"
 
 
 def _sharded(model: torch.nn.Module) -> list[tuple[str, ShardedEmbeddingBag]]:
