@@ -125,7 +125,7 @@ def test_a_damaged_file_is_refused_or_has_all_that_was_saved(data: st.DataObject
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
     | st.sampled_from([torch.zeros(()), torch.ones(2, 3), torch.zeros(5, 3).to_sparse(), torch.tensor([1 << 40])]),
-    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(0, 3), each, max_size=3),
+    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(0, 3), each),
     max_leaves=6,
 )  # fmt: skip
 
