@@ -10,6 +10,7 @@ all ranks take equally many steps.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +120,11 @@ def count_rows(file: Path) -> int:
         lines, last = 0, b"\n"
         with pa.input_stream(str(file), compression="detect") as stream:
             while block := stream.read(READ_BYTES):
-                lines, last = lines + block.count(b"\n"), block[-1:]
-        return lines + (last != b"\n")
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). {REMEDY}") from None
+                lines += sum(block.count(end) for end in (b"\n", b"\r")) - block.count(b"\r\n")
+                lines, last = lines - (last + block[:1] == b"\r\n"), block[-1:]
+        return lines + (last not in (b"\n", b"\r"))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({one_line(error)}). {REMEDY}") from None
 
 
 def read_rows(path: Path, *, start: int = 0, stop: int | None = None) -> Iterator[pa.Table]:
@@ -140,33 +142,31 @@ def read_rows(path: Path, *, start: int = 0, stop: int | None = None) -> Iterato
 
 def read_tsv(file: Path) -> Iterator[pa.Table]:
     """Checked tables of one TSV, some megabytes at a time."""
-    line, bad_rows = 1, []
-
-    def remember(row: csv.InvalidRow) -> str:
-        bad_rows.append(row)
-        return "error"
-
+    line = 1
     try:
         with pa.input_stream(str(file), compression="detect") as stream:
             for block in csv.open_csv(
                 stream,
                 csv.ReadOptions(column_names=COLUMNS, block_size=READ_BYTES, use_threads=False),
-                csv.ParseOptions(
-                    delimiter="\t", quote_char=False, ignore_empty_lines=False, invalid_row_handler=remember
-                ),
+                csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
                 csv.ConvertOptions(
-                    column_types=dict.fromkeys(COLUMNS, pa.string()), null_values=[""], strings_can_be_null=True
+                    column_types=dict.fromkeys(COLUMNS, pa.string()),
+                    null_values=[""],
+                    strings_can_be_null=True,
+                    check_utf8=False,  # what is wrong is named by `checked`, with its line
                 ),
             ):
                 yield checked(pa.table(block), file, first_row=line, row_name="line")
                 line += block.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        if bad_rows:
+    except (pa.ArrowException, OSError) as error:
+        if found := re.search(r"(?:Row #(\d+): )?Expected \d+ columns, got (\d+)", str(error)):
             raise ValueError(
-                f"{file}, line {bad_rows[0].number or f'{line} or later'}: {bad_rows[0].actual_columns} fields where "
-                f"{len(COLUMNS)} were expected: {FORMAT}. {REMEDY}"
+                f"{file}, line {found[1] or f'{line} or later'}: {found[2]} fields where {len(COLUMNS)} were expected: "
+                f"{FORMAT}. {REMEDY}"
             ) from None
-        raise ValueError(f"{file}, after line {line - 1}: {error}; expected on each line: {FORMAT}. {REMEDY}") from None
+        raise ValueError(
+            f"{file}, after line {line - 1}: {one_line(error)}; expected on each line: {FORMAT}. {REMEDY}"
+        ) from None
 
 
 def read_parquet(file: Path) -> Iterator[pa.Table]:
@@ -183,8 +183,10 @@ def read_parquet(file: Path) -> Iterator[pa.Table]:
             for block in reader.iter_batches(PARQUET_ROWS, use_threads=False):
                 yield checked(pa.table(block).rename_columns(COLUMNS), file, first_row=row, row_name="row")
                 row += block.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file}, after row {row - 1}: {error}; expected a whole Parquet file. {REMEDY}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file}, after row {row - 1}: {one_line(error)}; expected a whole Parquet file. {REMEDY}"
+        ) from None
 
 
 def checked(table: pa.Table, file: Path, *, first_row: int, row_name: str) -> pa.Table:
@@ -197,21 +199,43 @@ def checked(table: pa.Table, file: Path, *, first_row: int, row_name: str) -> pa
                 wrong = pc.invert(pc.match_substring_regex(column.cast(pa.string()), "^[0-9a-fA-F-]+$"))
                 expected, column = "a hexadecimal string", column.cast(pa.string())
             else:
-                column = column.cast(pa.int64())
-                wrong = pc.invert(pc.is_in(column, pa.array([0, 1]))) if name == "label" else pa.scalar(False)
-                expected = "0 or 1"
+                wrong = pa.scalar(False)
+                if pa.types.is_string(column.type):
+                    wrong = pc.match_substring_regex(column, "[xX]")  # 0x10, which the cast would take
+                column, expected = column.cast(pa.int64()), "an integer"
+                if name == "label" and not pc.any(wrong).as_py():
+                    wrong, expected = pc.invert(pc.is_in(column, pa.array([0, 1]))), "0 or 1"
         except pa.ArrowInvalid:
-            wrong, expected = pc.invert(pc.match_substring_regex(column.cast(pa.string()), r"^-?\d+$")), "an integer"
+            texts = column.cast(pa.string()).cast(pa.binary()).to_pylist()
+            wrong, expected = pa.array([text is not None and not is_int64(text) for text in texts]), "an integer"
+        except pa.ArrowNotImplementedError:
+            raise ValueError(f"{file}, column {name}: values are of type {column.type}; expected is {FORMAT}") from None
         if pc.any(wrong).as_py():
             row = pc.index(wrong, True).as_py()
-            value = table.column(name)[row].as_py()
             raise ValueError(
-                f"{file}, {row_name} {first_row + row}, column {name}: {'nothing' if value is None else repr(value)} "
+                f"{file}, {row_name} {first_row + row}, column {name}: {shown(table.column(name)[row])} "
                 f"where {expected} was expected. A row is {FORMAT}. {REMEDY}"
             )
         return column
 
     return pa.table({name: typed(name) for name in COLUMNS})
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def is_int64(text: bytes) -> bool:
+    return re.fullmatch(rb"-?[0-9]{1,19}", text) is not None and -(1 << 63) <= int(text) < 1 << 63
+
+
+def shown(value: pa.Scalar) -> str:
+    """A value in a message: short, and printable whatever bytes are in it."""
+    if not value.is_valid:
+        return "nothing"
+    if pa.types.is_string(value.type):  # which need not be UTF-8 in a TSV
+        return reprlib.repr(value.cast(pa.binary()).as_py().decode(errors="backslashreplace"))
+    return reprlib.repr(value.as_py())
 
 
 def exact_tables(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ import torch
 from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
 from hvd_shadowsync.checks import choice
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag, open_modules
+from hvd_shadowsync.metrics import COUNTERS
+from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.reduction import RoundOptions
-from hvd_shadowsync.replica import MERGES
+from hvd_shadowsync.replica import MERGES, NamedTensor
 
 WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
 
@@ -48,10 +52,27 @@ def check_communicator(communicator: Any) -> None:
         )
 
 
-def check_rounds_state(state: Any) -> None:
-    """Raise unless `state` is None, empty, or what `ShadowSync.state_dict` returned."""
-    if state and not (isinstance(state, Mapping) and {"algorithm", "state", "counters"} <= set(state)):
+def check_rounds_state(state: Any, params: Sequence[NamedTensor] = ()) -> None:
+    """Raise unless `state` is None, empty, or what `ShadowSync.state_dict` returned, for `params`."""
+    if not state:
+        return
+    if not (isinstance(state, Mapping) and {"algorithm", "state", "counters"} <= set(state)):
         raise ValueError("the state of rounds has no algorithm, state and counters; pass what state_dict() returned")
+    counters, tensors = state["counters"], state["state"]
+    if not (isinstance(state["algorithm"], Mapping) and isinstance(state["algorithm"].get("name"), str)):
+        raise ValueError("the state of rounds does not name its algorithm; pass what state_dict() returned")
+    if not (isinstance(counters, Mapping) and all(type(counters.get(name)) is int for name in COUNTERS)):
+        raise ValueError(f"the state of rounds lacks counters ({', '.join(COUNTERS)}); pass what state_dict() returned")
+    if not (isinstance(tensors, Mapping) and all(isinstance(each, Mapping) for each in tensors.values())):
+        raise ValueError("the state of rounds has no tensors by parameter name; pass what state_dict() returned")
+    for kind, by_name in tensors.items():
+        for each in params:
+            found = by_name.get(each.name)
+            if each.name in by_name and not (isinstance(found, torch.Tensor) and found.numel() == each.numel):
+                raise ValueError(
+                    f"the state of rounds has a {kind} of {each.name} that does not fit the parameter; pass the state "
+                    "of this model"
+                )
 
 
 def round_options(
@@ -81,17 +102,42 @@ def round_options(
     return RoundOptions(algorithm, merge, wire_dtype, bool(foreground), hierarchical)
 
 
-def check_combinations(options: RoundOptions, apply: str, sync_every: int | None) -> None:
+def check_combinations(
+    options: RoundOptions, apply: str, pacing: Pacing, *, deterministic: bool, model: torch.nn.Module | None
+) -> None:
     """Raise where arguments that are right by themselves do not go together."""
-    if options.foreground and sync_every is None:
-        raise ValueError("foreground=True needs sync_every=k, the steps from round to round; give it")
-    if options.foreground and apply == "hogwild":
-        raise ValueError("apply='hogwild' is for background rounds; leave out foreground=True or apply")
-    if options.hierarchical is True and (options.foreground or options.algorithm.asynchronous):
-        what = "foreground=True" if options.foreground else type(options.algorithm).__name__
+    if options.foreground:
+        _check_foreground("deterministic=True" if deterministic else "foreground=True", options, apply, pacing)
+    if deterministic:
+        _check_tables(model)
+    if options.hierarchical is True and options.algorithm.asynchronous:
+        what = type(options.algorithm).__name__
         raise ValueError(f"hierarchical=True has no meaning with {what}, whose ranks all exchange; leave it out")
     if options.algorithm.asynchronous and options.wire_dtype is not None:
         raise ValueError(
             f"wire_dtype={options.wire_dtype} is not available with {type(options.algorithm).__name__}; "
             "leave it out, or use ModelAveraging or BMUF"
+        )
+
+
+def _check_foreground(asked: str, options: RoundOptions, apply: str, pacing: Pacing) -> None:
+    """Raise where something does not go with rounds in the training thread, for which the user `asked`."""
+    if pacing.sync_every is None:
+        raise ValueError(f"{asked} needs sync_every=k, the steps from round to round; give it")
+    for name, value in (("sync_interval_ms", pacing.sync_interval_ms), ("cpu_budget", pacing.cpu_budget)):
+        if value is not None:
+            raise ValueError(f"{name}={value} does not go with {asked}, where steps alone pace rounds; leave it out")
+    if apply == "hogwild":
+        raise ValueError(f"apply='hogwild' is for background rounds; leave out {asked} or apply")
+    if options.hierarchical is True:
+        raise ValueError(f"hierarchical=True has no meaning with {asked}, whose ranks all exchange; leave it out")
+
+
+def _check_tables(model: torch.nn.Module | None) -> None:
+    """Raise where rows are updated in the order in which ranks happen to come."""
+    inside = [] if model is None else [each for each in model.modules() if isinstance(each, ShardedEmbeddingBag)]
+    if served := [each for each in (*inside, *open_modules(threading.current_thread())) if each.mode == "served"]:
+        raise ValueError(
+            f"deterministic=True does not go with mode='served' of the table {served[0].tables[0].name!r}, whose rows "
+            "change in the order in which ranks happen to come; make it with mode='alltoall'"
         )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
+import pickle
+import re
+import uuid
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,9 @@ from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.errors import CheckpointError
 from hvd_shadowsync.optimizer import ShadowSync
 from hvd_shadowsync.owned import is_owned
+
+ZIP_HEAD = b"PK\3\4"
+PLAIN_VALUES = "only tensors, numbers, strings, lists and dicts are read, for all else may be code; is it a checkpoint?"
 
 
 def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync, *, extra: Any = None) -> None:
@@ -58,28 +66,44 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
     """Read a file of `save`, or of a plain script with the same keys, on every rank; return its `extra` (collective).
 
     Raises:
-        CheckpointError: a rank cannot read the file, or it does not fit; raised on every rank, nothing is half loaded
-            into the rounds.
+        CheckpointError: a rank cannot read the file, or it does not fit; raised on every rank. Model, optimizer and
+            rounds are as they were then (of several `ShardedEmbeddingBag`s some may have been loaded).
     """
-    failure, content, weights = None, {}, {}
+    failure, content, weights, state, rounds = None, {}, {}, {}, None
     try:
         content = read(path)
         state = dict(content["optimizer"])
         rounds = state.pop("shadow_sync", None)
-        check_rounds_state(rounds)
+        check_rounds_state(rounds, sync._replica.params)
         own = {name: value for name, value in model.state_dict().items() if _is_of_one_rank(value)}
         weights = {**content["model"], **own}
-        model.load_state_dict(weights)
-        sync.optimizer.load_state_dict(state)
-    except (CheckpointError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        failure = str(error) if isinstance(error, CheckpointError) else f"{path} does not fit the model: {error}"
+        _require_fit(model, weights, sync.optimizer, state)
+    except CheckpointError as error:
+        failure = str(error)
+    except Exception as error:  # whatever a damaged file provokes, the other ranks have to hear of it
+        failure = f"{path} does not fit the model: {error}"
     _raise_everywhere(sync, failure)
     for name, module in _sharded(model):
         files.load(_folder(path, name), module)
-    sync.settle()
-    model.load_state_dict(weights)  # again: a round that was under way has been merged
+    sync.settle()  # a round that was under way has been merged
+    model.load_state_dict(weights)
+    sync.optimizer.load_state_dict(state)
     sync.load_state_dict(rounds or None)
     return content.get("extra")
+
+
+def _require_fit(
+    model: torch.nn.Module, weights: dict[str, Any], optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Load for a trial, and take it back; raises what loading raises."""
+    before = {
+        name: value if _is_of_one_rank(value) else copy.deepcopy(value) for name, value in model.state_dict().items()
+    }
+    copy.copy(optimizer).load_state_dict(state)  # a plain one, which shares no more than it reads
+    try:
+        model.load_state_dict(weights)
+    finally:
+        model.load_state_dict(before)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -89,14 +113,40 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is missing, truncated or not a checkpoint; names it.
     """
     try:
+        _require_plain(Path(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}; check the path, on every host") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} cannot be read ({_said(error)}); {PLAIN_VALUES}") from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from error
     if not isinstance(content, Mapping) or not {"model", "optimizer"} <= set(content):
         raise CheckpointError(f"{path} is no checkpoint: it has no 'model' and 'optimizer'; save with checkpoint.save")
     return dict(content)
+
+
+def _require_plain(path: Path) -> None:
+    """Raise where `path` is no regular file, or an archive that is damaged, or that unpacks to more than it is."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; give the file that checkpoint.save wrote")
+    with open(path, "rb") as file:
+        if file.read(len(ZIP_HEAD)) != ZIP_HEAD:
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(each.file_size for each in members) > path.stat().st_size:
+            raise CheckpointError(f"{path} is compressed, which torch.save does not do; save with checkpoint.save")
+        if any(each.CRC for each in members) and (damaged := archive.testzip()):  # torch can leave checksums out
+            raise CheckpointError(f"{path} is damaged: {damaged} has another checksum; use another checkpoint")
+
+
+def _said(error: pickle.UnpicklingError) -> str:
+    """Return what torch says is in the file, without its advice to load code all the same."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for {found[1]}" if found else "UnpicklingError"
 
 
 def _sharded(model: torch.nn.Module) -> list[tuple[str, ShardedEmbeddingBag]]:
@@ -125,9 +175,9 @@ def _require_loadable(extra: Any) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # a link that somebody put there is not followed
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())

@@ -39,6 +39,7 @@ def DistributedOptimizer(
     warmup_steps: int = 0,
     merge: str = "delta",
     foreground: bool = False,
+    deterministic: bool = False,
     apply: str = "boundary",
     sync_buffers: bool | None = None,
     wire_dtype: torch.dtype | None = None,
@@ -61,8 +62,8 @@ def DistributedOptimizer(
         num_groups, groups: grouping of gradient allreduces, of which there are none; warns where given.
         sparse_as_dense: in the warm-up, leave averaged gradients dense.
         process_set: synchronise over the ranks of this set only; default all.
-        algorithm, model, sync_every, sync_interval_ms, cpu_budget, warmup_steps, merge, foreground, apply,
-        sync_buffers, wire_dtype, hierarchical, initial_weights, end_job_on_exception: as for `ShadowSync`.
+        algorithm, model, sync_every, sync_interval_ms, cpu_budget, warmup_steps, merge, foreground, deterministic,
+        apply, sync_buffers, wire_dtype, hierarchical, initial_weights, end_job_on_exception: as for `ShadowSync`.
 
     Returns:
         `optimizer` itself. `optimizer.shadow` is the `ShadowSync`; `optimizer.synchronize()` and
@@ -90,6 +91,7 @@ def DistributedOptimizer(
         warmup_steps=warmup_steps,
         merge=merge,
         foreground=foreground,
+        deterministic=deterministic,
         apply=apply,
         sync_buffers=sync_buffers,
         wire_dtype=_wire_dtype(compression, wire_dtype),

@@ -14,6 +14,8 @@ from typing import Any
 
 MERGED_BY_SUM = ("bytes_sent",)
 MERGED_BY_MAX = ("rounds", "ranks_lost", "recovery_ms")
+COUNTERS = ("steps", "rounds", "steps_at_last_round")
+"""What a checkpoint keeps."""
 
 
 @dataclass

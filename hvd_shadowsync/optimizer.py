@@ -72,7 +72,12 @@ class ShadowSync:
         merge: "delta" (default): the replica moves by alpha (anchor - snapshot) and keeps the steps that it made
             meanwhile; "interpolate": the paper's w = (1-alpha) w + alpha anchor, which needs alpha < 1.
         foreground: rounds in the training thread every `sync_every` steps (FR-MA, FR-EASGD-k, FR-BMUF-k):
-            deterministic; default False.
+            in an order that does not depend on time; default False.
+        deterministic: the same, for programs whose runs have to repeat bit by bit: what would let rounds depend on
+            time is refused, `mode="served"` of sharded tables as well. All else is the program's to fix: seeds, the
+            order of data, the numbers of ranks and threads, versions of libraries, the kind of processor,
+            `torch.use_deterministic_algorithms`. Background rounds merge when they are done, so no setting makes
+            them repeat. Default False.
         apply: "boundary" (default): the training thread merges at the end of a step; "hogwild": the shadow thread
             merges at once, without locks, while gradients may be computed.
         sync_buffers: average the model's floating-point buffers (batch-norm statistics) and take integer buffers from
@@ -107,6 +112,7 @@ class ShadowSync:
         warmup_steps: int = 0,
         merge: str = "delta",
         foreground: bool = False,
+        deterministic: bool = False,
         apply: str = "boundary",
         sync_buffers: bool | None = None,
         wire_dtype: torch.dtype | None = None,
@@ -118,16 +124,20 @@ class ShadowSync:
     ) -> None:
         mpi.end_job_on_exception(end_job_on_exception)
         arguments.check_optimizer(optimizer)
-        self._options = arguments.round_options(algorithm, merge, wire_dtype, foreground, hierarchical)
+        for name, flag in (
+            ("foreground", foreground),
+            ("deterministic", deterministic),
+            ("sparse_as_dense", sparse_as_dense),
+        ):
+            check_flag(name, flag)
+        self._options = arguments.round_options(algorithm, merge, wire_dtype, foreground or deterministic, hierarchical)
         self._pacing = Pacing(sync_every, sync_interval_ms, cpu_budget)
         self._apply = choice("apply", apply, APPLIES)
         self._initial = choice("initial_weights", initial_weights, INITIALS)
         check_count("warmup_steps", warmup_steps, least=0)
-        for name, flag in (("foreground", foreground), ("sparse_as_dense", sparse_as_dense)):
-            check_flag(name, flag)
         arguments.check_model(model, optimizer)
         arguments.check_communicator(communicator)
-        arguments.check_combinations(self._options, apply, sync_every)
+        arguments.check_combinations(self._options, apply, self._pacing, deterministic=deterministic, model=model)
         if sync_buffers and model is None:
             raise ValueError("sync_buffers=True needs model=..., whose buffers they are; give it")
         self.optimizer = optimizer
@@ -274,7 +284,7 @@ class ShadowSync:
         Of another algorithm's `state` the counters are taken over, with a warning.
         """
         self._require_open("load_state_dict()")
-        arguments.check_rounds_state(state)
+        arguments.check_rounds_state(state, self._replica.params)
         if self._alone:
             self._remember(state)
             return
@@ -428,7 +438,7 @@ class ShadowSync:
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         rounds = state.pop(STATE_KEY, None) or None
-        arguments.check_rounds_state(rounds)
+        arguments.check_rounds_state(rounds, self._replica.params)
         if self._alone:
             self._remember(rounds)
             return

@@ -29,6 +29,10 @@ PYTHONS = ("python", "python3")
 PROBE_TIMEOUT_S = 60
 GRACE_S = 10.0
 LOST_CODE = 3
+SECRET = re.compile("TOKEN(?!I)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|KEY(?!BOARD)", re.IGNORECASE)
+"""Names whose values are shown to nobody."""
+CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
+HIDDEN = "***"
 MPI_ON_EMULATED = (
     "--prtemca", "plm_ssh_agent", emulated.AGENT, "--prtemca", "prte_if_include", f"{emulated.SUBNET}.0/24",
     "--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm", "--mca", "btl_tcp_if_include", f"{emulated.SUBNET}.0/24",
@@ -170,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="an environment variable for every rank")
     add("--threads", type=int, metavar="T", help="OMP_NUM_THREADS (default: cores of this machine / ranks per host)")
-    add("--dry-run", action="store_true", help="print the command and the environment variables it adds, and end")
+    add("--dry-run", action="store_true", help="print the command and the variables it adds (but secrets), and end")
     add("--verbose", action="store_true", help="print the command before it runs")
     add("program", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="the program and its arguments")
     return result
@@ -270,9 +274,28 @@ def this_machine(environ: Mapping[str, str] = os.environ) -> Machine:
 
 
 def shell_line(command: Sequence[str], additions: Mapping[str, str]) -> str:
-    """Return the command as one line for a shell, the added environment variables in front."""
-    settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(additions.items())]
-    return " ".join([*settings, shlex.join(command)])
+    """Return the command as one line for a shell, the added environment variables in front.
+
+    Values of names that look like secrets are left out: the shell takes them from its own variables, or says which are
+    missing.
+    """
+    settings = [f"{name}={_shown_value(name, value)}" for name, value in sorted(additions.items())]
+    return " ".join([*settings, shlex.join(map(_shown_word, command))])
+
+
+def _shown_value(name: str, value: str) -> str:
+    if SECRET.search(name) or CREDENTIALS.search(value):
+        return f'"${{{name}:?not shown}}"'
+    return shlex.quote(value)
+
+
+def _shown_word(word: str) -> str:
+    """Return a word of a command without what looks like a secret in `NAME=value`, alone or among others."""
+    alone = re.fullmatch(r"([\w-]+)=.*", word, re.DOTALL)
+    if alone and SECRET.search(alone[1]):
+        return f"{alone[1]}={HIDDEN}"
+    shown = re.sub(r"([\w-]+)=[^\s'\"]+", lambda m: f"{m[1]}={HIDDEN}" if SECRET.search(m[1]) else m[0], word)
+    return CREDENTIALS.sub(rf"\1{HIDDEN}@", shown)
 
 
 def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endings | None = None) -> int:

@@ -122,12 +122,13 @@ def read(folder: Folder, table: str, *, block_rows: int = BLOCK_ROWS) -> Iterato
         block_rows: at most so many rows a block; default 65536.
 
     Raises:
-        CheckpointError: there is no such table, or the checkpoint is missing or damaged; partly while iterating.
+        CheckpointError: there is no such table, or the checkpoint is missing or damaged.
         TypeError, ValueError: `block_rows` is no count.
     """
     check_count("block_rows", block_rows, least=1)
     reader = Saved(Path(folder))
     found = reader.table(table)
+    reader.examine_weights(found)
     starts = range(0, found.shape[0], block_rows)
     return ((first, reader.rows(found, first, min(first + block_rows, found.shape[0]))) for first in starts)
 
@@ -223,7 +224,8 @@ def _whole(path: Path) -> Iterator[Path]:
     """Give the name to write under; what was written is on disk as `path` at the end of a block that did not fail."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.touch()
+        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)  # a link that somebody put there is not followed
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that nobody else can read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from hvd_shadowsync.errors import CheckpointError
 
 INDEX = "index.json"
 FORMAT, VERSION = "hvd_shadowsync.embedding", 1
+SAFETENSORS_DTYPES = dict(zip(ROW_DTYPES, ("F32", "F64"), strict=True))
+MOST = (1 << 63) - 1
 OURS = re.compile(r"\.?rows-([0-9a-f]{12})-\d+-\d+\.safetensors(\.tmp)?")
 
 
@@ -49,6 +52,7 @@ class SavedShard(NamedTuple):
     rows: RowRange | RowHash
     columns: tuple[int, int]
     steps: int | None
+    dtype: torch.dtype
     tensors: dict[str, list[SavedPiece]]
 
 
@@ -73,9 +77,9 @@ class Saved:
         self._files: dict[str, Any] = {}
         content = _read_index(folder / INDEX)
         try:
-            self.generation = str(content["generation"])
-            self._optimizer = str(content["optimizer"]["name"])
-            self._per_weight = {WEIGHT: True, **content["optimizer"]["slots"]}
+            self.generation = _text(content, "generation")
+            self._optimizer = _text(content["optimizer"], "name")
+            self._per_weight = {**_slots_of(content["optimizer"]["slots"]), WEIGHT: True}
             tables = [_table_of(each, self._per_weight) for each in content["tables"]]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
             what = f"{type(error).__name__}: {error}"
@@ -124,6 +128,12 @@ class Saved:
         for shard, piece in _needed(table, holding, slot):
             self._tensor(shard, piece, slot)
 
+    def examine_weights(self, table: SavedTable) -> None:
+        """Look at the heads of the files that `rows` reads."""
+        for shard in table.shards:
+            for piece in shard.tensors[WEIGHT]:
+                self._tensor(shard, piece, WEIGHT)
+
     def fill(self, table: SavedTable, holding: Holding, slot: str) -> None:
         """Read one slot of `holding`, block by block."""
         if holding.slots[slot].dim() == 1:
@@ -166,6 +176,8 @@ class Saved:
         path = self._folder / piece.file
         try:
             if piece.file not in self._files:
+                if path.exists() and not path.is_file():
+                    raise OSError("it is no regular file")
                 self._files[piece.file] = safe_open(path, framework="pt")
             metadata = self._files[piece.file].metadata() or {}
             tensor = self._files[piece.file].get_slice(piece.key)
@@ -177,7 +189,8 @@ class Saved:
             raise CheckpointError(f"{path} cannot be read ({error}); is it whole?") from error
         width = [shard.columns[1] - shard.columns[0]] if self._per_weight[slot] else []
         same = metadata.get("generation") == self.generation and metadata.get("file") == piece.file
-        if not same or tensor.get_shape() != [piece.num_rows, *width]:
+        shape, dtype = [piece.num_rows, *width], SAFETENSORS_DTYPES[shard.dtype]
+        if not same or tensor.get_shape() != shape or tensor.get_dtype() != dtype:
             raise CheckpointError(f"{path} is not the file that was saved under this name; use another checkpoint")
         return tensor
 
@@ -198,25 +211,52 @@ def _needed(table: SavedTable, holding: Holding, slot: str) -> Iterator[tuple[Sa
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"there is no checkpoint {path}; check the folder, on every host") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from error
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{path} is no index of {FORMAT}, version {VERSION}; save with embedding.files.save")
     return content
 
 
+def _text(entry: dict[str, Any], name: str) -> str:
+    if not isinstance(value := entry[name], str):
+        raise ValueError(f"{name}={reprlib.repr(value)} is no text")
+    return value
+
+
+def _count(entry: dict[str, Any], name: str, *, least: int = 0) -> int:
+    value = entry[name]
+    if type(value) is not int or not least <= value <= MOST:  # neither True nor 3.0, which are equal to a count
+        raise ValueError(f"{name}={reprlib.repr(value)} is no count")
+    return value
+
+
+def _slots_of(slots: dict[str, Any]) -> dict[str, bool]:
+    for name, per_weight in slots.items():
+        if not isinstance(per_weight, bool):
+            raise ValueError(f"slot {name!r} is {reprlib.repr(per_weight)}, neither true nor false")
+    return slots
+
+
+def _dtype_of(entry: dict[str, Any], table: str) -> torch.dtype:
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in ROW_DTYPES}
+    if (name := _text(entry, "dtype")) not in known:
+        raise ValueError(f"{table!r} is of torch.{name}")
+    return known[name]
+
+
 def _table_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> SavedTable:
-    rows, dim = int(entry["num_embeddings"]), int(entry["embedding_dim"])
-    dtype: torch.dtype = getattr(torch, entry["shards"][0]["dtype"])
-    if dtype not in ROW_DTYPES:
-        raise ValueError(f"{entry['name']!r} is of {dtype}")
-    shards = [_saved_of(each, slots) for each in entry["shards"]]
+    name = _text(entry, "name")
+    rows, dim = _count(entry, "num_embeddings", least=1), _count(entry, "embedding_dim", least=1)
+    shards = [_saved_of(each, slots, name) for each in entry["shards"]]
     if not _are_whole(shards, rows, dim):
-        raise ValueError(f"shards of {entry['name']!r} are not the whole table, or overlap")
-    return SavedTable(str(entry["name"]), (rows, dim), dtype, shards)
+        raise ValueError(f"shards of {name!r} are not the whole table, or overlap")
+    return SavedTable(name, (rows, dim), shards[0].dtype, shards)
 
 
 def _are_whole(shards: Sequence[SavedShard], rows: int, dim: int) -> bool:
@@ -238,18 +278,26 @@ def _are_all_rows(parts: Sequence[RowRange | RowHash], rows: int) -> bool:
     return hashes == [(rows, len(parts), number) for number in range(len(parts))]
 
 
-def _saved_of(entry: dict[str, Any], slots: Mapping[str, bool]) -> SavedShard:
-    rows = RowHash(**entry["rows"]) if "parts" in entry["rows"] else RowRange(**entry["rows"])
-    start, stop = entry["columns"]
-    steps = entry["steps"]
-    if steps is not None and not (isinstance(steps, int) and 0 <= steps < 1 << 63):
-        raise ValueError(f"steps={steps!r} is no count")
-    saved = SavedShard(rows, (start, stop), steps, {})
+def _saved_of(entry: dict[str, Any], slots: Mapping[str, bool], table: str) -> SavedShard:
+    rows = _rows_of(entry["rows"])
+    start, stop = (_count({"columns": each}, "columns") for each in entry["columns"])
+    steps = None if entry["steps"] is None else _count(entry, "steps")
+    saved = SavedShard(rows, (start, stop), steps, _dtype_of(entry, table), {})
     for slot in slots if saved.steps is not None else [WEIGHT]:
-        pieces = saved.tensors[slot] = [SavedPiece(**each) for each in entry["tensors"][slot]]
+        pieces = saved.tensors[slot] = [_piece_of(each) for each in entry["tensors"][slot]]
         ends = [0, *itertools.accumulate(piece.num_rows for piece in pieces)]
         if [*(piece.first_row for piece in pieces), rows.num_rows] != ends:
             raise ValueError(f"rows of {slot!r} are missing")
         if foreign := [piece.file for piece in pieces if not OURS.fullmatch(piece.file)]:
             raise ValueError(f"{foreign[0]!r} is no file of a checkpoint")
     return saved
+
+
+def _rows_of(entry: dict[str, Any]) -> RowRange | RowHash:
+    if "parts" not in entry:
+        return RowRange(_count(entry, "start"), _count(entry, "stop"))
+    return RowHash(_count(entry, "num_embeddings", least=1), _count(entry, "part"), _count(entry, "parts", least=1))
+
+
+def _piece_of(entry: dict[str, Any]) -> SavedPiece:
+    return SavedPiece(_text(entry, "file"), _text(entry, "key"), _count(entry, "first_row"), _count(entry, "num_rows"))

@@ -181,6 +181,11 @@ class ShardedEmbeddingBag(nn.Module):
         return self._comm.size
 
     @property
+    def mode(self) -> str:
+        """How ranks exchange: "alltoall" or "served"."""
+        return self._mode
+
+    @property
     def meetings(self) -> Meetings:
         """Where all ranks say what they are about; for `whole`."""
         return self._exchange.meetings
@@ -514,8 +519,13 @@ def _whole_table(table: EmbeddingTable, dtype: torch.dtype, seed: int) -> nn.Par
     return nn.Parameter(torch.cat([block for _, block in whole_blocks(table, seed, dtype)]))
 
 
+def open_modules(owner: threading.Thread) -> list[ShardedEmbeddingBag]:
+    """Return every open `ShardedEmbeddingBag` that the thread `owner` made, in order."""
+    modules = [each for reference in _OPEN.valuerefs() if (each := reference()) is not None and each._owner is owner]
+    return sorted(modules, key=lambda each: each._number)
+
+
 def join_all(owner: threading.Thread) -> None:
     """`join()` every open `ShardedEmbeddingBag` that the thread `owner` made, in order (collective)."""
-    modules = [each for reference in _OPEN.valuerefs() if (each := reference()) is not None and each._owner is owner]
-    for module in sorted(modules, key=lambda each: each._number):
+    for module in open_modules(owner):
         module.join()

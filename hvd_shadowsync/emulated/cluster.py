@@ -67,11 +67,11 @@ def find() -> Cluster | None:
     """Return the hosts that are up; what is written of others is removed.
 
     Raises:
-        LaunchError: the file belongs to somebody else.
+        LaunchError: the file belongs to somebody else, or is none.
     """
     file = state_file()
     try:
-        with open(file, "rb") as opened:
+        with open(file, "rb", opener=_open_own) as opened:
             if os.fstat(opened.fileno()).st_uid != os.geteuid():
                 raise LaunchError(f"{file} belongs to somebody else; remove it, or set TMPDIR to a folder of your own")
             text = opened.read()
@@ -86,6 +86,11 @@ def find() -> Cluster | None:
             return found
     file.unlink(missing_ok=True)
     return None
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open a file where others may write, too: no link, no pipe to wait at, and nothing for others to read or write."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 def up(network: Network) -> Cluster:
@@ -116,7 +121,7 @@ def up(network: Network) -> Cluster:
 
 def _write(cluster: Cluster) -> None:
     try:
-        with open(state_file(), "x", encoding="utf-8") as file:
+        with open(state_file(), "x", encoding="utf-8", opener=_open_own) as file:
             json.dump(asdict(cluster), file)
     except OSError as error:
         raise LaunchError(f"{state_file()} cannot be written ({error.strerror}); is another `up` running?") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -255,3 +257,12 @@ def test_this_rank_sees_its_cores() -> None:
     rank = program.this_rank()
     assert set(rank.cores) == set(os.sched_getaffinity(0))
     assert rank.torch_threads == torch.get_num_threads()
+
+
+def test_the_report_has_no_variables_but_those_it_is_about() -> None:
+    names = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OMPI_MCA_my_password", "SLURM_JWT", "HOROVOD_SECRET_KEY")
+    environ = {**os.environ, **dict.fromkeys(names, "hush")}
+    command = [sys.executable, "-m", "hvd_shadowsync", "--json"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert '"findings"' in done.stdout
+    assert "hush" not in done.stdout + done.stderr

@@ -116,6 +116,31 @@ def test_a_file_of_processes_that_are_others_by_now_is_removed(state: Path) -> N
     assert not state.exists()
 
 
+def test_a_link_in_place_of_the_file_is_not_followed(state: Path, tmp_path: Path) -> None:
+    """Anybody may make one in a folder for temporary files."""
+    (tmp_path / "elsewhere").write_text("{}")
+    state.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LaunchError, match=r"cannot be read .*; remove it"):
+        cluster.find()
+    assert (tmp_path / "elsewhere").read_text() == "{}"
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_the_file_is_not_waited_for(state: Path) -> None:
+    os.mkfifo(state)
+    assert cluster.find() is None
+    assert not state.exists()
+
+
+def test_nobody_else_reads_or_writes_the_file(state: Path) -> None:
+    mask = os.umask(0)
+    try:
+        cluster._write(cluster.Cluster(1, 2, (3, 4), Network(2)))
+    finally:
+        os.umask(mask)
+    assert state.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,6 +50,7 @@ from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
+from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
 from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.shadow import ShadowThread, serving_pauses
 
@@ -1479,11 +1480,47 @@ def test_complex_optimizer_state_is_averaged() -> None:
         ({"communicator": 5}, TypeError, "communicator is a int; pass one of hvd_shadowsync.comm"),
         ({"foreground": "False"}, TypeError, "foreground='False' is neither True nor False"),
         ({"sparse_as_dense": 1}, TypeError, "sparse_as_dense=1 is neither True nor False"),
+        ({"deterministic": "yes"}, TypeError, "deterministic='yes' is neither True nor False"),
+        ({"deterministic": True}, ValueError, "deterministic=True needs sync_every=k, the steps from round to round"),
+        ({"foreground": True}, ValueError, "foreground=True needs sync_every=k, the steps from round to round"),
+        (
+            {"deterministic": True, "sync_every": 2, "sync_interval_ms": 5.0},
+            ValueError,
+            "sync_interval_ms=5.0 does not go with deterministic=True, where steps alone pace rounds; leave it out",
+        ),
+        (
+            {"foreground": True, "sync_every": 2, "cpu_budget": 0.5},
+            ValueError,
+            "cpu_budget=0.5 does not go with foreground=True, where steps alone pace rounds; leave it out",
+        ),
+        (
+            {"deterministic": True, "sync_every": 2, "apply": "hogwild"},
+            ValueError,
+            "apply='hogwild' is for background rounds; leave out deterministic=True or apply",
+        ),
+        (
+            {"deterministic": True, "sync_every": 2, "hierarchical": True},
+            ValueError,
+            "hierarchical=True has no meaning with deterministic=True, whose ranks all exchange; leave it out",
+        ),
     ],
 )
 def test_arguments_that_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ShadowSync(sgd(make_model()), **{"communicator": Silent(), **arguments})
+
+
+@pytest.mark.parametrize("in_the_model", [True, False])
+def test_tables_that_are_served_are_not_deterministic(in_the_model: bool) -> None:
+    def program(comm: Communicator) -> None:
+        tables = ShardedEmbeddingBag([EmbeddingTable("ads", 9, 2)], None, SGD(0.1), mode="served", communicator=comm)
+        model = make_model()
+        whole = torch.nn.ModuleList([model, tables]) if in_the_model else model
+        with pytest.raises(ValueError, match="deterministic=True does not go with mode='served' of the table 'ads'"):
+            ShadowSync(sgd(model), model=whole, communicator=comm, sync_every=1, deterministic=True)
+        tables.close()
+
+    on_ranks(2, program)
 
 
 @pytest.mark.parametrize("state", [{"foo": 1}, "abc", [1]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -318,6 +319,53 @@ def test_dry_run(bare: Path, executable: Executable, capsys: pytest.CaptureFixtu
     assert set(words[:4]) == settings
     assert words[4] == str(mpirun)
     assert words[-3:] == [str(program), "-np", "x y"]
+
+
+@pytest.mark.parametrize("how", ["--dry-run", "--verbose"])
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY", "SSH_PASSPHRASE", "my_credentials"]
+)
+def test_secrets_are_not_shown(
+    name: str, how: str, bare: Path, executable: Executable, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """They reach the job, but neither the screen nor a log."""
+    executable("path/mpirun", OMPI_5)
+    executable("path/train", "exit 1")
+    environs: list[dict[str, str]] = []
+    monkeypatch.setattr(os, "execvpe", lambda path, command, environ: environs.append(environ))
+    monkeypatch.setenv(name, "hush-a")
+    secrets = ["--env", name, "--mpirun-args", f"-x {name}_2='hush b' --mca note {name}=hush-c,x"]
+    run.main(["-np", "2", *secrets, "--env", "SITE=http://me:hush-d@host/x", how, "train", f"--{name}=hush-e"])
+    said = "".join(capsys.readouterr())
+    assert "hush" not in said
+    assert f'{name}="${{{name}:?not shown}}"' in said
+    assert "path/train" in said
+    assert all(environ[name] == "hush-a" and "hush-d" in environ["SITE"] for environ in environs)
+    assert bool(environs) == (how == "--verbose")
+
+
+@pytest.mark.parametrize(
+    ("environ", "code", "output", "errors"),
+    [({"HF_TOKEN": "mine"}, 0, "mine b c\n", ""), ({}, None, "", "HF_TOKEN: not shown")],
+    ids=["set", "missing"],
+)
+def test_a_shell_has_its_own_value_for_what_is_not_shown(
+    environ: dict[str, str], code: int | None, output: str, errors: str
+) -> None:
+    line = run.shell_line(["sh", "-c", 'echo "$HF_TOKEN $A"'], {"HF_TOKEN": "hush", "A": "b c"})
+    environ = {"PATH": os.defpath, **environ}
+    done = subprocess.run(["sh", "-c", line], env=environ, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == output
+    assert errors in done.stderr
+    assert (done.returncode == 0) == (code == 0)
+
+
+@pytest.mark.parametrize(
+    "word", ["TOKENIZERS_PARALLELISM=false", "KEYBOARD=us", "--lr=0.1", "AUTHOR=me", "a=b=c", "key"]
+)
+def test_other_words_are_shown_as_they_are(word: str) -> None:
+    assert run.shell_line([word], {}) == word
 
 
 def test_becomes_the_launcher(bare: Path, executable: Executable, monkeypatch: pytest.MonkeyPatch) -> None:
