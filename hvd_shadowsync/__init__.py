@@ -7,6 +7,7 @@ tune_environment()
 from hvd_shadowsync import checkpoint, embedding  # noqa: E402
 from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402
 from hvd_shadowsync.broadcast import broadcast_optimizer_state, broadcast_parameters  # noqa: E402
+from hvd_shadowsync.checkpointing import Checkpointer  # noqa: E402
 from hvd_shadowsync.comm.mpi import end_job_on_exception  # noqa: E402
 from hvd_shadowsync.distributed import DistributedOptimizer  # noqa: E402
 from hvd_shadowsync.embedding import EmbeddingTable, ShardedEmbeddingBag  # noqa: E402
@@ -25,6 +26,7 @@ end_job_on_exception()
 __all__ = [
     "BMUF",
     "CheckpointError",
+    "Checkpointer",
     "DistributedOptimizer",
     "ElasticAveraging",
     "EmbeddingError",
