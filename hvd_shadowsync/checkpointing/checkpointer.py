@@ -115,14 +115,14 @@ class Checkpointer:
         self._job = sync.gather(uuid.uuid4().hex[:12])[0]
         self._writes = sync.rank == 0
         self._capture: Capture | None = None
-        self._told_to_end = self._ending = self._closed = False
+        self._told_to_end = self._ending = self._left = False
+        self._begun_at_s = time.monotonic()
+        self._begun_at_step: int | None = None
         if self._writes:
             self._prepare()
         self._tables = Tables(_tables_of(model), sync.rank, sync.size)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
-        self._count_from_here()
-        self._begun_at_step = None
         self._signals = EndSignals(numbers)
         sync.end_with(self._end_if_told)
         hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -145,8 +145,7 @@ class Checkpointer:
             if self._is_good(stored):
                 extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
                 self.loaded = stored.path
-                self._count_from_here()
-                self._begun_at_step = None
+                self._begun_at_s, self._begun_at_step = time.monotonic(), None
                 return extra
         return None
 
@@ -199,12 +198,11 @@ class Checkpointer:
         wait here for one another, as their threads write for rank 0, if `sync` is not closed yet.
         """
         atexit.unregister(self._close_at_exit)
-        if self._closed:
-            return
-        self._leave()
-        if self._tables and not self._sync.is_closed:
-            self._writer.wait()
-            self._sync.gather(None)
+        if not self._left:
+            self._leave()
+            if self._tables and not self._sync.is_closed:
+                self._writer.wait()
+                self._sync.gather(None)
         self._writer.hurried = self._sync.is_closed
         self._writer.close()
 
@@ -240,7 +238,7 @@ class Checkpointer:
 
     def _count_from_here(self) -> None:
         self._begun_at_s = time.monotonic()
-        self._begun_at_step: int | None = self._sync.steps
+        self._begun_at_step = self._sync.steps
 
     def _begin(self) -> None:
         self._count_from_here()
@@ -288,6 +286,8 @@ class Checkpointer:
         self._drop_capture()
         self._sync.end()
         written = not self._writes or self._write_live() is not None
+        if self._tables:
+            self._sync.end()  # until then this rank's thread writes rows for rank 0
         self._leave()
         raise SystemExit(0 if written else 1)
 
@@ -315,7 +315,7 @@ class Checkpointer:
 
     def _leave(self) -> None:
         """Begin no more; the thread lives on, for what it is writing and for other ranks' checkpoints."""
-        self._closed = True
+        self._left = True
         self._drop_capture()
         self._hook.remove()
         self._sync.end_with(None)
@@ -325,7 +325,7 @@ class Checkpointer:
         """Finish what is being written; other ranks that need this one's rows are served until the process ends."""
         if mpi.is_forked():
             return
-        if not self._closed:
+        if not self._left:
             self._leave()
         if self._tables and not self._writer.wait(EXIT_WAIT_FOR_ROWS_S):
             self._writer.hurried = True
@@ -365,7 +365,7 @@ class Checkpointer:
         return not wrong
 
     def _require_open(self, call: str) -> None:
-        if self._closed:
+        if self._left:
             raise ShadowSyncError(f"{call} came after close(); make a new Checkpointer to go on")
 
 
