@@ -61,4 +61,6 @@ class Capture:
 
 def _part(flat: Tensor, place: slice, like: NamedTensor) -> Tensor:
     part = flat[place].view(like.live().shape)
-    return (torch.view_as_complex(part) if like.tensor.is_complex() else part).to(like.tensor.dtype)
+    if like.tensor.is_complex():
+        part = torch.view_as_complex(part.clone())  # pairs may begin at an odd place
+    return part.to(like.tensor.dtype)

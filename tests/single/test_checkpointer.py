@@ -183,18 +183,17 @@ def test_alone_and_in_the_warmup_it_is_the_live_weights(tmp_path: Path) -> None:
 def test_half_precision_complex_frozen_and_integer_tensors_keep_their_types(tmp_path: Path) -> None:
     def program(comm: Communicator) -> Content:
         model = torch.nn.Module()
-        model.half = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+        model.low = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
         model.complex = torch.nn.Parameter(torch.full((3, 2), 1 + 2j))
         model.frozen = torch.nn.Parameter(torch.arange(4.0), requires_grad=False)
         model.register_buffer("count", torch.arange(6).view(2, 3) + 100 * comm.rank)
-        model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
-        optimizer = torch.optim.SGD([model.half, model.complex], lr=0.1)
+        optimizer = torch.optim.SGD([model.low, model.complex], lr=0.1)
         with (
             ShadowSync(optimizer, model=model, communicator=comm, **FOREGROUND) as sync,
             Checkpointer(tmp_path, model, sync, every_steps=1) as checkpointer,
         ):
             for _ in range(4):
-                for param in (model.half, model.complex):
+                for param in (model.low, model.complex):
                     param.grad = torch.ones_like(param)
                 optimizer.step()
             checkpointer._writer.wait()
@@ -204,8 +203,19 @@ def test_half_precision_complex_frozen_and_integer_tensors_keep_their_types(tmp_
     latest = Checkpointer.latest(tmp_path)
     assert latest is not None
     model = saved_in(latest)["model"]
-    assert same({**model, "half": found["half"]}, found)
-    assert model["half"].dtype == torch.bfloat16
+    assert same({**model, "low": found["low"]}, found)
+    assert model["low"].dtype == torch.bfloat16
+
+
+def test_a_mask_may_be_infinite(tmp_path: Path) -> None:
+    def use(job: Any) -> None:
+        job.model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        job.train(1)
+        assert job.checkpointer.save_now() == tmp_path / "step-1"
+        job.model.mask[0] = torch.nan
+        assert job.checkpointer.save_now() is None
+
+    on_checkpointers(1, tmp_path, use)
 
 
 def test_extra_is_taken_at_the_boundary(tmp_path: Path) -> None:
