@@ -115,7 +115,7 @@ class Writer:
                 with self._changed:
                     self._content = None
                     self._changed.notify_all()
-            elif self._look is not None:
+            if self._look is not None:
                 self._look()
 
     def _await_work(self) -> bool:
@@ -143,6 +143,12 @@ class Writer:
         self.counters.write_s = time.monotonic() - begun
         prune(self._folder, self._keep)
 
+    def _is_wanted(self) -> bool:
+        """Tell whether other ranks' rows are still waited for; whoever waits looks around."""
+        if self._look is not None:
+            self._look()
+        return not self.hurried
+
     def _written(self, content: Content) -> Path:
         content.examine()
         self._attempt += 1
@@ -152,7 +158,7 @@ class Writer:
                 torch.save(content.by_name(), cast(IO[bytes], file))
             draft.files[DENSE] = file.written
             if self._tables:
-                self._tables.write(draft, lambda: not self.hurried)
+                self._tables.write(draft, self._is_wanted)
             return draft.complete(self._size)
         except BaseException:
             draft.discard()

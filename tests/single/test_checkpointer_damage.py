@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_shadowsync import CheckpointError, Checkpointer, checkpoint
+from hvd_shadowsync import Checkpointer, CheckpointError, checkpoint
 from hvd_shadowsync.checkpointing import folder as folders
 from hvd_shadowsync.checkpointing import manifest as manifests
 from hvd_shadowsync.checkpointing.folder import Draft

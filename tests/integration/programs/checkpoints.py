@@ -14,6 +14,7 @@ import torch
 from parallel.programs.problem import Data, loss_of, make_model
 
 from hvd_shadowsync import Checkpointer, ElasticAveraging, EmbeddingTable, ShadowSync, ShardedEmbeddingBag
+from hvd_shadowsync.embedding import RowWiseAdagrad
 
 LAST = ranks.SIZE - 1
 
@@ -57,7 +58,8 @@ def with_tables(folder: str) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tables = ShardedEmbeddingBag([EmbeddingTable("a", 50, 4), EmbeddingTable("b", 30, 4)])
+            tables = [EmbeddingTable("a", 50, 4), EmbeddingTable("b", 30, 4)]
+            self.tables = ShardedEmbeddingBag(tables, {"a": "row-wise", "b": "table-wise"}, RowWiseAdagrad(0.1))
             self.top = torch.nn.Linear(8, 1)
 
     model = Model()
