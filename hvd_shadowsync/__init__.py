@@ -9,6 +9,7 @@ ending.end_well()  # first, so that it comes after all else that is done at exit
 from hvd_shadowsync import checkpoint, embedding  # noqa: E402
 from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402
 from hvd_shadowsync.broadcast import broadcast_optimizer_state, broadcast_parameters  # noqa: E402
+from hvd_shadowsync.checkpointing import Checkpointer  # noqa: E402
 from hvd_shadowsync.comm.mpi import end_job_on_exception  # noqa: E402
 from hvd_shadowsync.distributed import DistributedOptimizer  # noqa: E402
 from hvd_shadowsync.embedding import EmbeddingTable, ShardedEmbeddingBag  # noqa: E402
@@ -28,6 +29,7 @@ end_job_on_exception()
 __all__ = [
     "BMUF",
     "CheckpointError",
+    "Checkpointer",
     "DistributedOptimizer",
     "ElasticAveraging",
     "EmbeddingError",

@@ -16,6 +16,7 @@ class Intent(IntEnum):
     MEET = 1  # waits in a collective call that leaves the replicas alone: gather(), metrics(merged=True)
     CONSOLIDATE = 2  # waits in synchronize()
     LEAVE = 3  # waits in close(), or is gone
+    END = 4  # was told to end: waits for the last consolidation, whatever calls the others are in
 
 
 CALLS = {
@@ -23,6 +24,7 @@ CALLS = {
     Intent.MEET: "a collective call such as metrics(merged=True)",
     Intent.CONSOLIDATE: "synchronize()",
     Intent.LEAVE: "close()",
+    Intent.END: "its last consolidation",
 }
 
 
@@ -94,7 +96,7 @@ def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdic
         return Verdict.MISMATCH
     if layouts != {agreed_layout}:
         return Verdict.REGROUP
-    if Intent.TRAIN in intents:
+    if Intent.TRAIN in intents or (Intent.END in intents and intents & {Intent.MEET, Intent.CONSOLIDATE}):
         return Verdict.ROUND
     if Intent.MEET in intents:
         return Verdict.MEET if intents == {Intent.MEET} else Verdict.CONFLICT

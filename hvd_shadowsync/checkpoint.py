@@ -47,12 +47,12 @@ def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync,
     """
     sync.synchronize()
     sync.average_optimizer_state()
-    for name, module in _sharded(model):
-        files.save(_folder(path, name), module)
+    for name, module in sharded_in(model):
+        files.save(folder_of(path, name), module)
     failure = None
     if sync.rank == 0:
         try:
-            _require_loadable(extra)
+            require_loadable(extra)
             shared = {name: value for name, value in model.state_dict().items() if not _is_of_one_rank(value)}
             _write(Path(path), {"model": shared, "optimizer": sync.optimizer.state_dict(), "extra": extra})
         except OSError as error:
@@ -83,8 +83,8 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
     except Exception as error:  # whatever a damaged file provokes, the other ranks have to hear of it
         failure = f"{path} does not fit the model: {error}"
     _raise_everywhere(sync, failure)
-    for name, module in _sharded(model):
-        files.load(_folder(path, name), module)
+    for name, module in sharded_in(model):
+        files.load(folder_of(path, name), module)
     sync.settle()  # a round that was under way has been merged
     model.load_state_dict(weights)
     sync.optimizer.load_state_dict(state)
@@ -149,11 +149,13 @@ def _said(error: pickle.UnpicklingError) -> str:
     return f"it asks for {found[1]}" if found else "UnpicklingError"
 
 
-def _sharded(model: torch.nn.Module) -> list[tuple[str, ShardedEmbeddingBag]]:
+def sharded_in(model: torch.nn.Module) -> list[tuple[str, ShardedEmbeddingBag]]:
+    """Return the sharded tables in `model`, by the names of their modules."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ShardedEmbeddingBag)]
 
 
-def _folder(path: str | os.PathLike[str], name: str) -> Path:
+def folder_of(path: str | os.PathLike[str], name: str) -> Path:
+    """Return where the tables of the module `name` are, beside the file `path`."""
     return Path(f"{os.fspath(path)}.{name or 'tables'}")
 
 
@@ -161,7 +163,7 @@ def _is_of_one_rank(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and is_owned(value)
 
 
-def _require_loadable(extra: Any) -> None:
+def require_loadable(extra: Any) -> None:
     """Raise now what would be found out at loading, where nothing but tensors and plain values is taken."""
     buffer = io.BytesIO()
     try:

@@ -21,6 +21,7 @@ from hvd_shadowsync import agree, arguments
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.alike import values_everywhere, values_of, whole_model
 from hvd_shadowsync.average import mean_of
+from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
@@ -148,7 +149,8 @@ class ShadowSync:
         self._poller = Poller()
         self._driver: Driver | None = None
         self._loaded: dict[str, Any] | None = None
-        self._averaged = self._skip_average = False
+        self._averaged = self._skip_average = self._leave_out_rounds = False
+        self._ending: Callable[[], None] | None = None
         self._closed = self._paused = self._started = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
@@ -266,6 +268,56 @@ class ShadowSync:
         self._require_open("settle()")
         if self._driver is not None:
             self._driver.synchronize()
+
+    # --- for the checkpointer: local, while training goes on ----------------------------------------------------------
+
+    def capture(self, wanted: Capture | None) -> bool:
+        """Have the next round copied into `wanted` (None: no longer); False where there are no rounds (yet)."""
+        if self._driver is None:
+            return False
+        self._driver.rounds.capture(wanted)
+        return True
+
+    def state_beside(self, rounds: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the optimizer's live state with what a copied round remembered; waits for no round under way."""
+        self._leave_out_rounds = True
+        try:
+            state = self.optimizer.state_dict()
+        finally:
+            self._leave_out_rounds = False
+        if rounds:
+            state[STATE_KEY] = {**rounds, "counters": self._metrics.counters()}
+        elif self._driver is None and (remembered := self._state()):
+            state[STATE_KEY] = remembered
+        return state
+
+    @property
+    def steps(self) -> int:
+        """Training steps of this rank, those before the checkpoint that was loaded included."""
+        return self._metrics.steps
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._closed
+
+    def end_with(self, ending: Callable[[], None] | None) -> None:
+        """Have `ending` called now and then while this rank waits in a collective call; it raises to end the wait."""
+        self._ending = ending
+        if self._driver is not None:
+            self._driver.ending = ending
+
+    def end(self) -> None:
+        """Consolidate for the last time, whatever calls other ranks are in: they come, or leave (collective)."""
+        self._require_open("end()")
+        if not self._alone:
+            self._finish_warmup(leaving=False)
+            if self._warmup.left:
+                self._start_alike()
+            else:
+                self._begun().end()
+
+    # --- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Consolidate, then return everything that rounds remember, by parameter name (collective).
@@ -433,7 +485,7 @@ class ShadowSync:
             )
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        if not self._alone or self._loaded is not None:
+        if not self._leave_out_rounds and not (self._alone and self._loaded is None):
             state[STATE_KEY] = self._state()
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -538,6 +590,7 @@ class ShadowSync:
             rounds = self._ranks.together(self._begin)
             self._loaded = None
             self._driver = self._make_driver(rounds)
+            self._driver.ending = self._ending
             mpi.spare_others_on_exception()
             if self._paused:
                 self._driver.pause()

@@ -18,6 +18,7 @@ from hvd_shadowsync import ballot
 from hvd_shadowsync.algorithms import ElasticAveraging
 from hvd_shadowsync.algorithms.base import State, named, slices
 from hvd_shadowsync.ballot import Ballot, Intent, Verdict
+from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
@@ -137,6 +138,7 @@ class Rounds:
         self._steps = 0
         self._consolidated_at = -1
         self._mismatch_since: float | None = None
+        self._wanted: Capture | None = None
         self.lock = threading.Lock()
         self.most_spent_s = 0.0
         """CPU seconds of the rank that had spent most by this round's vote; 0 without a vote."""
@@ -296,12 +298,16 @@ class Rounds:
         self._metrics.settle()  # a snapshot from a GPU has waited for the last merge by now
         sample: Tensor | None = None
         squared = [0.0, 0.0]
+        copy = self._begin_capture()
         for part, reduced in self._reducer.reduce(self._snapshot, weights, fill):
             if part.start == 0:
                 sample = self._snapshot[: min(SAMPLE, part.stop)].clone()
             for piece, values in self._weights_and_buffers(part, reduced):
                 anchor = self._update(piece, values)
+                if copy is not None:
+                    copy.add(piece, anchor)
                 self._stage(piece, anchor, squared)
+        self._finish_capture(copy)
         how = Merge.ADD if self._options.merge == "delta" else Merge.PULL
         staged = self._staged(how, Verdict.ROUND, sample)
         took_s = time.monotonic() - begun
@@ -370,6 +376,9 @@ class Rounds:
         self._rebase_state(self._snapshot)
         self._reducer.rebase(self._snapshot)
         self._consolidated_at = self._steps
+        if (copy := self._begin_capture()) is not None:
+            copy.add(slice(0, self._snapshot.numel()), self._snapshot)
+            self._finish_capture(copy)
         return self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
 
     def _rebase_state(self, mean: Tensor) -> None:
@@ -457,14 +466,32 @@ class Rounds:
         """
         algorithm = self._options.algorithm
         with self.lock:
-            state = {name: self.replica.by_name(tensor) for name, tensor in named(self._state)}
+            center = None
             if isinstance(algorithm, ElasticAveraging) and self._consolidated_at == self._metrics.steps:
-                state["center"] = self.replica.by_name(self._snapshot[: self.replica.num_weights])
-            return {
-                "algorithm": {"name": type(algorithm).__name__, **asdict(algorithm)},
-                "state": state,
-                "counters": self._metrics.counters(),
-            }
+                center = self.replica.by_name(self._snapshot[: self.replica.num_weights])
+            return {**self._remembered(center), "counters": self._metrics.counters()}
+
+    def capture(self, wanted: Capture | None) -> None:
+        """Have the next round, or consolidation, copied into `wanted` on its way; None: no longer. Any thread."""
+        self._wanted = wanted
+
+    def _begin_capture(self) -> Capture | None:
+        copy, self._wanted = self._wanted, None
+        if copy is not None:
+            copy.begin(self.replica)
+        return copy
+
+    def _finish_capture(self, copy: Capture | None) -> None:
+        if copy is not None:
+            center = copy.weights() if isinstance(self._options.algorithm, ElasticAveraging) else None
+            copy.finish(self._integers, self._remembered(center))
+
+    def _remembered(self, center: dict[str, Tensor] | None) -> dict[str, Any]:
+        algorithm = self._options.algorithm
+        state = {name: self.replica.by_name(tensor) for name, tensor in named(self._state)}
+        if center is not None:
+            state["center"] = center
+        return {"algorithm": {"name": type(algorithm).__name__, **asdict(algorithm)}, "state": state}
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
         """Take over state and counters of `saved`; what the algorithm does not know, or lacks, stays as it is."""

@@ -26,7 +26,8 @@ SERVING_PAUSES = Poller(eager=1, shortest_s=0.0005, longest_s=0.004, growth=1.2)
 SHARE_OF_A_ROUND, LONGEST_SERVING_PAUSE_S = 0.2, 0.02
 MOST_COUNTED = 2.0
 REPORT_WAIT_S = 30.0
-LOOK_S = 0.25  # how long a thread with nothing to do goes without looking whether all ranks are there
+LOOK_S = 0.25
+"""How long a thread that waits goes without looking whether all ranks are there, and whether it is to end."""
 
 
 class Driver(ABC):
@@ -34,6 +35,8 @@ class Driver(ABC):
 
     def __init__(self, rounds: Rounds, pacing: Pacing, metrics: RoundMetrics) -> None:
         self.rounds, self.pacing, self.metrics = rounds, pacing, metrics
+        self.ending: Callable[[], None] | None = None
+        """Called now and then while the training thread waits in `meet` or `synchronize`; may raise, and end it."""
 
     @abstractmethod
     def step_taken(self) -> None:
@@ -62,6 +65,10 @@ class Driver(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all ranks are here, then make all replicas bit-identical."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Like `synchronize`, beside whatever the others wait in: they go on until they end as well, or leave."""
 
     @abstractmethod
     def leave(self, *, wait: bool = True) -> None:
@@ -100,16 +107,26 @@ class Foreground(Driver):
             met = self._run(Intent.MEET, errand)
             if isinstance(met, Met):
                 return met.get()
+            self._look_for_the_end()
 
     def synchronize(self) -> None:
         """See `Driver.synchronize`."""
         while self._run(Intent.CONSOLIDATE) is not Verdict.CONSOLIDATE:
+            self._look_for_the_end()
+
+    def end(self) -> None:
+        """See `Driver.end`."""
+        while self._run(Intent.END) is not Verdict.CONSOLIDATE:
             pass
 
     def leave(self, *, wait: bool = True) -> None:
         """See `Driver.leave`; foreground rounds cannot be left without waiting, so `wait=False` does nothing."""
         while wait and self._run(Intent.LEAVE) is not Verdict.STOP:
             pass
+
+    def _look_for_the_end(self) -> None:
+        if self.ending is not None:
+            self.ending()
 
     def _run(self, intent: Intent, errand: Errand | None = None) -> Verdict | Met:
         while True:
@@ -204,6 +221,11 @@ class ShadowThread(Driver):
         target = self._consolidations + 1
         self._wait_in(Intent.CONSOLIDATE, lambda: self._consolidations >= target)
 
+    def end(self) -> None:
+        """See `Driver.end`."""
+        target = self._consolidations + 1
+        self._wait_in(Intent.END, lambda: self._consolidations >= target)
+
     def leave(self, *, wait: bool = True) -> None:
         """See `Driver.leave`."""
         if not wait:
@@ -219,13 +241,16 @@ class ShadowThread(Driver):
         with self._changed:
             self._intent = intent
             self._wake.set()
-            waited_s = 0.0
+            began = reported = time.monotonic()
             while True:
                 self._merge_if_staged()
                 if done():
                     break
-                if not self._changed.wait(REPORT_WAIT_S):
-                    waited_s += REPORT_WAIT_S
+                if self.ending is not None and intent in (Intent.MEET, Intent.CONSOLIDATE):
+                    self.ending()
+                if not self._changed.wait(LOOK_S) and time.monotonic() - reported > REPORT_WAIT_S:
+                    reported = time.monotonic()
+                    waited_s = reported - began
                     logger.warning("%s waits for the other ranks since %.0f s", CALLS[intent], waited_s)
 
     def _merge_if_staged(self, *, hogwild: bool = False) -> None:
@@ -293,7 +318,8 @@ class ShadowThread(Driver):
         if isinstance(result, Met):
             with self._changed:
                 self._met = result
-                self._answer_call()
+                if self._intent is Intent.MEET:  # else the training thread has left the call, to end
+                    self._answer_call()
             return None
         return result
 
@@ -341,7 +367,7 @@ class ShadowThread(Driver):
             if self._hogwild and self._intent is Intent.TRAIN:
                 self._merge_if_staged(hogwild=True)
                 return
-            if staged.verdict is Verdict.CONSOLIDATE and self._intent is Intent.CONSOLIDATE:
+            if staged.verdict is Verdict.CONSOLIDATE and self._intent in (Intent.CONSOLIDATE, Intent.END):
                 self._answer_call()
             self._changed.notify_all()
 

@@ -122,7 +122,7 @@ class Communicator(ABC):
     def agree(self, done: bool) -> bool:
         """Return on every rank that is left whether all ranks are, and said `done` (collective, blocking).
 
-        The same answer everywhere, whoever is lost meanwhile; `done`, at once, where the job does not outlive its ranks.
+        The same answer everywhere, whoever is lost meanwhile. Where the job does not outlive its ranks, `done` at once.
         """
 
     @abstractmethod

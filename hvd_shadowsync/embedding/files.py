@@ -59,10 +59,10 @@ def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
     folder = Path(folder)
     generation = agree(module, "save(): begun", None, uuid.uuid4().hex[:12])[0]
     try:
-        failure, written = _trying(folder, lambda: _write_shards(folder, generation, module))
+        failure, written = _trying(folder, lambda: write_shards(folder, generation, module))
         everyone = agree(module, "save(): written", failure, written)
         if module.rank == 0:
-            failure, _ = _trying(folder, lambda: _write_index(folder, generation, module, everyone))
+            failure, _ = _trying(folder, lambda: write_index(folder, generation, module, everyone))
         agree(module, "save(): complete", failure)
     except CheckpointError:  # no rank has replaced the index
         _remove(folder, lambda found: found == generation)
@@ -165,20 +165,44 @@ def load_into(folder: Folder, targets: Mapping[str, nn.EmbeddingBag | nn.Embeddi
         reader.fill(table, holding, WEIGHT)
 
 
-def _write_shards(folder: Path, generation: str, module: ShardedEmbeddingBag) -> list[_Described]:
-    """Write what this rank holds; return what the index says of it."""
+def write_shards(
+    folder: Path,
+    generation: str,
+    module: ShardedEmbeddingBag,
+    *,
+    file_bytes: int | None = None,
+    look_at: Callable[[str, Tensor], Tensor] | None = None,
+) -> list[dict[str, Any]]:
+    """Write what this rank holds; return what the index says of it (local; any thread).
+
+    The parts of a checkpoint for those who bring them together by themselves, without the module's communicator:
+    every rank's shards, then one rank's `write_index`. While training goes on, rows are of the moment when they are
+    written.
+
+    Args:
+        folder: of the tables alone; it is made where its parent exists.
+        generation: 12 hexadecimal digits, the same on every rank and in no other save.
+        module: the tables.
+        file_bytes: at most about so many bytes a file, and in memory at a time; default 1 GiB.
+        look_at: is given a name and rows, and returns what is written in their place; default None, the rows.
+
+    Raises:
+        OSError, SafetensorError: the file system refuses.
+    """
     with suppress(FileExistsError):
         folder.mkdir()
-    described, writer = [], _Writer(folder, generation, module.rank)
+    file_bytes = FILE_BYTES if file_bytes is None else file_bytes
+    described, writer = [], _Writer(folder, generation, module.rank, file_bytes)
     for holding in holdings(module):
         if holding.steps is None and module.rank:
             continue
         tensors: dict[str, list[_Described]] = {slot: [] for slot in holding.slots}
         for slot, tensor in holding.slots.items():
-            rows = max(1, FILE_BYTES // tensor[:1].nbytes)
+            rows = max(1, file_bytes // tensor[:1].nbytes)
             for first in range(0, len(tensor), rows):
                 key = f"{module.tables[holding.shard.table].name}/{slot}/{first}"
-                tensors[slot].append(writer.add(key, first, tensor[first : first + rows].cpu().contiguous()))
+                part = tensor[first : first + rows].cpu().contiguous()
+                tensors[slot].append(writer.add(key, first, part if look_at is None else look_at(key, part)))
         described.append({
             "table": holding.shard.table,
             "rank": module.rank,
@@ -194,15 +218,16 @@ def _write_shards(folder: Path, generation: str, module: ShardedEmbeddingBag) ->
 
 
 class _Writer:
-    """Fills files up to `FILE_BYTES`, one after the other, each under a temporary name until it is on disk."""
+    """Fills files up to `most_bytes`, one after the other, each under a temporary name until it is on disk."""
 
-    def __init__(self, folder: Path, generation: str, rank: int) -> None:
+    def __init__(self, folder: Path, generation: str, rank: int, most_bytes: int) -> None:
         self._folder, self._generation, self._rank, self._number = folder, generation, rank, 0
+        self._most_bytes = most_bytes
         self._tensors: dict[str, Tensor] = {}
 
     def add(self, key: str, first: int, tensor: Tensor) -> _Described:
         """Have `tensor` written; return where it will be."""
-        if self._tensors and sum(each.nbytes for each in self._tensors.values()) + tensor.nbytes > FILE_BYTES:
+        if self._tensors and sum(each.nbytes for each in self._tensors.values()) + tensor.nbytes > self._most_bytes:
             self.flush()
         self._tensors[key] = tensor
         return {"file": self._name(), "key": key, "first_row": first, "num_rows": len(tensor)}
@@ -236,9 +261,22 @@ def _whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_index(folder: Path, generation: str, module: ShardedEmbeddingBag, everyone: list[list[_Described]]) -> None:
+def files_of(written: list[dict[str, Any]]) -> set[str]:
+    """Return the names of the files that `write_shards` described."""
+    return {piece["file"] for each in written for pieces in each["tensors"].values() for piece in pieces}
+
+
+def write_index(
+    folder: Path, generation: str, module: ShardedEmbeddingBag, everyone: list[list[dict[str, Any]]]
+) -> None:
+    """Write the index of what `write_shards` returned on every rank, by rank (local; any thread).
+
+    Raises:
+        CheckpointError: a rank's file is not there.
+        OSError: the file system refuses.
+    """
     for rank, written in enumerate(everyone):
-        for file in {piece["file"] for each in written for pieces in each["tensors"].values() for piece in pieces}:
+        for file in files_of(written):
             if not (folder / file).exists():
                 raise CheckpointError(f"{folder} has no {file} of rank {rank}; give a folder that all hosts see")
     rule = module.fused_optimizer.rule

@@ -26,4 +26,4 @@ def no_thread_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _ours(threads: set[threading.Thread]) -> list[str]:
-    return sorted(thread.name for thread in threads if thread.name.startswith(("shadow", "rank-")))
+    return sorted(thread.name for thread in threads if thread.name.startswith(("shadow", "rank-", "checkpointer")))

@@ -9,7 +9,7 @@ from hypothesis import strategies
 
 from hvd_shadowsync.ballot import NUM_FIELDS, Ballot, Count, Intent, Verdict, count
 
-TRAIN, MEET, CONSOLIDATE, LEAVE = Intent
+TRAIN, MEET, CONSOLIDATE, LEAVE, END = Intent
 OLD, NEW = 111, 222
 
 ballots = strategies.builds(
@@ -47,6 +47,12 @@ def with_intents(*intents: Intent, layout: int = OLD) -> Count:
         ((TRAIN,), Verdict.ROUND),
         ((CONSOLIDATE,), Verdict.CONSOLIDATE),
         ((LEAVE,), Verdict.STOP),
+        ((END, TRAIN), Verdict.ROUND),
+        ((END, MEET), Verdict.ROUND),
+        ((END, MEET, LEAVE), Verdict.ROUND),
+        ((END, CONSOLIDATE), Verdict.ROUND),
+        ((END, LEAVE), Verdict.CONSOLIDATE),
+        ((END,), Verdict.CONSOLIDATE),
     ],
 )
 def test_what_follows_from_intents(intents: tuple[Intent, ...], verdict: Verdict) -> None:

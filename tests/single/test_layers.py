@@ -38,11 +38,13 @@ LAYERS = [
     ["warmup", "average", "ballot", "agree", "alike", "names"],
     ["embedding"],
     ["reduction"],
+    ["captured"],
     ["rounds"],
     ["arguments", "shadow"],
     ["optimizer"],
     ["distributed", "broadcast"],
     ["torch", "checkpoint"],
+    ["checkpointing"],
     ["command", "emulated", "run", "doctor", "capacity", "__main__"],
 ]
 """Parts of the package, the lowest layer first; a part is a module or a folder."""

@@ -27,7 +27,7 @@ from hvd_shadowsync.reduction import RoundOptions
 from hvd_shadowsync.replica import Merge, NamedTensor, Replica
 from hvd_shadowsync.rounds import Rounds, Staged
 
-TRAIN, MEET, CONSOLIDATE, LEAVE = Intent
+TRAIN, MEET, CONSOLIDATE, LEAVE, END = Intent
 
 
 class Rank:

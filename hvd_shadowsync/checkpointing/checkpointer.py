@@ -1,0 +1,397 @@
+"""`Checkpointer`: checkpoints beside training, and a last one where a batch system asks the job to end."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from hvd_shadowsync import checkpoint
+from hvd_shadowsync.captured import Capture
+from hvd_shadowsync.checkpointing import folder as folders
+from hvd_shadowsync.checkpointing import manifest as manifests
+from hvd_shadowsync.checkpointing.content import take
+from hvd_shadowsync.checkpointing.folder import Stored
+from hvd_shadowsync.checkpointing.signals import EndSignals
+from hvd_shadowsync.checkpointing.tables import Tables
+from hvd_shadowsync.checkpointing.writer import DENSE, Writer
+from hvd_shadowsync.checks import check_count, check_interval
+from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
+from hvd_shadowsync.errors import CheckpointError, ShadowSyncError
+from hvd_shadowsync.optimizer import ShadowSync
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 600.0
+EXIT_WAIT_S = 300.0
+EXIT_WAIT_FOR_ROWS_S = 10.0
+
+Folder = str | os.PathLike[str]
+
+
+class Checkpointer:
+    """Writes checkpoints in the background while training goes on, and finds the newest good one again.
+
+        checkpointer = Checkpointer("checkpoints", model, sync, every_s=600, keep=3)
+        extra = checkpointer.load_latest()
+        for epoch in range(0 if extra is None else extra["epoch"], 10):
+            checkpointer.extra = {"epoch": epoch}
+            ...                                             # the loop as it was: a hook of the optimizer does the rest
+        checkpointer.save_now()
+
+    What is written is the consolidated model as a round of synchronisation has it anyway (S-MA: the mean of the
+    replicas, S-BMUF: the global model or its look-ahead, S-EASGD: the center as this rank met it), so training waits
+    for nobody and nothing is sent. It goes into the first round that begins once a checkpoint is due; at world size 1
+    and in the warm-up it is the live weights. At the next step boundary rank 0's training thread copies its optimizer's
+    state (every rank starts again from that), the only pause; a thread writes. Rows of a `ShardedEmbeddingBag` are
+    written by their owners' threads, each row as it is at that moment.
+
+    A checkpoint is a folder `step-<N>` with `model.pt`, as `checkpoint.save` writes it, a folder for each
+    `ShardedEmbeddingBag`, and `manifest.json` with sizes and checksums. It is written under a hidden name and renamed
+    once all of it is on disk, so a kill at any moment leaves the earlier ones. A copy with NaN or infinity is not
+    written. What cannot be written, for that or for a full disk or a folder that is missing or read-only, is logged as
+    an error and counted; training goes on, and the next interval tries again, at construction as well.
+
+    A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
+    or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
+    `SystemExit` raised, with code 0, or 1 where it could not be written. Where rank 0 is through with its steps no last
+    one is written; ranks that wait in `close()` wait on. Open MPI's mpirun, if it gets SIGTERM itself, passes it on and
+    kills the ranks a quarter of a second later, so have the ranks signalled (Slurm's srun does that), or give
+    `end_signals=[signal.SIGTERM, signal.SIGUSR1]` and send mpirun SIGUSR1, which it passes on without killing.
+
+    Construction and `load_latest` are collective, and so are `save_now` and, with sharded tables, `close`; all methods
+    are for the training thread. Only one job at a time may use a folder.
+
+    Args:
+        dir: of this job's checkpoints, on a file system that all ranks see; made where it is missing. What else is in
+            it is never touched.
+        model: whose weights `sync` keeps together.
+        sync: the handle. Of a model with several optimizers give each its own folder and Checkpointer, the last one to
+            step the only one with `end_signals`.
+        every_s: seconds from one checkpoint's beginning to the next; default 600 where `every_steps` is not given.
+        every_steps: steps of rank 0 from one to the next; with both, whichever has passed first.
+        keep: how many good ones are kept; older ones are removed once a new one is there. Default 3.
+        extra: tensors, numbers, strings, lists and dicts to be stored as well, or a function that returns them, called
+            on rank 0 at the step boundary; may be assigned later. Default None.
+        end_signals: signals that ask the job to end; default SIGTERM. Earlier handlers are called as well. They are set
+            where this is the main thread.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be; names it and the remedy.
+    """
+
+    latest = staticmethod(folders.latest)
+
+    def __init__(
+        self,
+        dir: Folder,
+        model: torch.nn.Module,
+        sync: ShadowSync,
+        *,
+        every_s: float | None = None,
+        every_steps: int | None = None,
+        keep: int = 3,
+        extra: Any | Callable[[], Any] = None,
+        end_signals: Iterable[int] = (signal.SIGTERM,),
+    ) -> None:
+        _check(model, sync, every_s, every_steps, keep)
+        self._folder, self._model, self._sync = Path(dir).absolute(), model, sync
+        self._every_s = EVERY_S if every_s is None and every_steps is None else every_s
+        self._every_steps = every_steps
+        self.extra = extra
+        self.loaded: Path | None = None
+        """The checkpoint that `load_latest` has loaded."""
+        numbers = [_signal_of(number) for number in end_signals]
+        self._job = sync.gather(uuid.uuid4().hex[:12])[0]
+        self._capture: Capture | None = None
+        self._told_to_end = self._ending = self._left = False
+        self._begun_at_s = time.monotonic()
+        self._begun_at_step: int | None = None
+        if self._writes:
+            self._prepare()
+        self._tables = Tables(_tables_of(model), sync.rank, sync.size)
+        look = self._look if sync.size > 1 else None
+        self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
+        self._signals = EndSignals(numbers)
+        sync.end_with(self._end_if_told)
+        hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+        self._hook = sync.optimizer.register_step_post_hook(hook)
+        atexit.register(self._close_at_exit)
+
+    # --- what a user asks for ---------------------------------------------------------------------------------------
+
+    def load_latest(self) -> Any:
+        """Load the newest good checkpoint on every rank and return its extra; None where there is none (collective).
+
+        At any world size. What is damaged is passed over, with a warning that says what is wrong; `loaded` says which
+        one it was.
+
+        Raises:
+            CheckpointError: a rank does not see what rank 0 sees, or the checkpoint does not fit the model; raised on
+                every rank.
+        """
+        for stored in self._sync.gather(folders.stored_in(self._folder) if self._writes else [])[0]:
+            if self._is_good(stored):
+                extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
+                self.loaded = stored.path
+                self._begun_at_s, self._begun_at_step = time.monotonic(), None
+                return extra
+        return None
+
+    def save_now(self) -> Path | None:
+        """Consolidate, write a checkpoint and wait for it; return its path on every rank, or None (collective).
+
+        None where it could not be written, which is logged as an error.
+        """
+        self._require_open("save_now()")
+        self._sync.synchronize()
+        self._sync.average_optimizer_state()
+        self._drop_capture()
+        path: Path | None = self._sync.gather(self._write_live() if self._writes else None)[0]
+        return path
+
+    def stop(self) -> None:
+        """Do what a signal to end does: a last checkpoint, and `SystemExit` on every rank (one rank is enough)."""
+        self._require_open("stop()")
+        self._signals.came = True
+
+    def metrics(self) -> dict[str, float]:
+        """Return what has become of checkpoints, on rank 0; the others have zeros and nan.
+
+        | key | meaning |
+        |---|---|
+        | checkpoints | written so far |
+        | checkpoint_failures | attempts that failed, for whatever reason; `last_error` has the last one's |
+        | checkpoint_step | step of the last one; -1 before it |
+        | checkpoint_write_s | how long its writing took, in the background |
+        | checkpoint_pause_ms | how long the training thread copied for it |
+        """
+        counters = self._writer.counters
+        return {
+            "checkpoints": counters.written,
+            "checkpoint_failures": counters.failures,
+            "checkpoint_step": counters.step,
+            "checkpoint_write_s": counters.write_s,
+            "checkpoint_pause_ms": 1000 * counters.pause_s,
+        }
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last attempt that failed did so; None where none has failed."""
+        return self._writer.counters.last_error
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, and begin no more (idempotent).
+
+        One that waits for its round is dropped: call `save_now()` before for a last one. With sharded tables all ranks
+        wait here for one another, as their threads write for rank 0, if `sync` is not closed yet.
+        """
+        atexit.unregister(self._close_at_exit)
+        if not self._left:
+            self._leave()
+            if self._tables and not self._sync.is_closed:
+                self._writer.wait()
+                self._sync.gather(None)
+        self._writer.hurried = self._sync.is_closed
+        self._writer.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; after an exception leave that to the end of the process, and do not wait for others here."""
+        if error is None:
+            self.close()
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this is the rank that writes: the first of those that are left."""
+        return self._sync.rank == 0
+
+    # --- at the end of a step ---------------------------------------------------------------------------------------
+
+    def _after_step(self, *_: Any) -> None:
+        if self._told_to_end or self._signals.came:
+            self._end()
+        if not self._writes or self._writer.busy:
+            return
+        if self._capture is not None:
+            if self._capture.done:
+                self._hand_over(self._capture)
+        elif self._is_due():
+            self._begin()
+
+    def _is_due(self) -> bool:
+        if self._begun_at_step is None:  # steps before the checkpoint that was loaded count from the first one on
+            self._begun_at_step = self._sync.steps - 1
+        if self._every_steps is not None and self._sync.steps - self._begun_at_step >= self._every_steps:
+            return True
+        return self._every_s is not None and time.monotonic() - self._begun_at_s >= self._every_s
+
+    def _count_from_here(self) -> None:
+        self._begun_at_s = time.monotonic()
+        self._begun_at_step = self._sync.steps
+
+    def _begin(self) -> None:
+        self._count_from_here()
+        capture = Capture()
+        if self._sync.size > 1 and self._sync.capture(capture):
+            self._capture = capture
+        else:
+            self._hand_over(None)
+
+    def _hand_over(self, capture: Capture | None) -> None:
+        begun = time.perf_counter()
+        self._capture = None
+        extra = self.extra() if callable(self.extra) else self.extra
+        content = take(self._model, self._sync, capture, extra)
+        self._writer.counters.pause_s = time.perf_counter() - begun
+        self._writer.submit(content)
+
+    def _drop_capture(self) -> None:
+        if self._capture is not None:
+            self._capture = None
+            self._sync.capture(None)
+
+    def _write_live(self) -> Path | None:
+        """Write the live weights, after a consolidation, and wait; return where they are now, None if they are not."""
+        self._writer.wait()
+        written = self._writer.counters.written
+        self._count_from_here()
+        self._hand_over(None)
+        self._writer.wait()
+        return self._writer.counters.last_path if self._writer.counters.written > written else None
+
+    # --- the end of the job -----------------------------------------------------------------------------------------
+
+    def _end_if_told(self) -> None:
+        if not self._ending and (self._told_to_end or self._signals.came):
+            self._end()
+
+    def _end(self) -> NoReturn:
+        """Come together with the other ranks, write a last checkpoint and leave the program."""
+        self._ending = True
+        self._tell_to_end()
+        logger.warning(
+            "rank %d was told to end at step %d; a last checkpoint is made", self._sync.rank, self._sync.steps
+        )
+        self._drop_capture()
+        self._sync.end()
+        written = not self._writes or self._write_live() is not None
+        if self._tables:
+            self._sync.end()  # until then this rank's thread writes rows for rank 0
+        self._leave()
+        raise SystemExit(0 if written else 1)
+
+    def _tell_to_end(self) -> None:
+        """Let the others know, where only this rank got the signal; they look for this file."""
+        self._told_to_end = True
+        if self._sync.size > 1:
+            try:
+                folders.stop_file(self._folder, self._job).touch()
+            except OSError as error:
+                logger.error("the other ranks cannot be told to end: %s", error)
+
+    def _look(self) -> None:
+        """Look into the folder, in the writer's thread: are all to end, are rows wanted?"""
+        if self._signals.came and not self._told_to_end:
+            self._tell_to_end()
+        self._told_to_end = self._told_to_end or folders.stop_file(self._folder, self._job).exists()
+        if self._tables and not self._writes:
+            try:
+                self._tables.answer(self._folder, self._job)
+            except Exception as error:
+                self._writer.counters.failures += 1
+                self._writer.counters.last_error = repr(error)
+                logger.error("rows of the sharded tables were not written for a checkpoint: %r", error)
+
+    def _leave(self) -> None:
+        """Begin no more; the thread lives on, for what it is writing and for other ranks' checkpoints."""
+        self._left = True
+        self._drop_capture()
+        self._hook.remove()
+        self._sync.end_with(None)
+        self._signals.restore()
+
+    def _close_at_exit(self) -> None:
+        """Finish what is being written; other ranks that need this one's rows are served until the process ends."""
+        if mpi.is_forked():
+            return
+        if not self._left:
+            self._leave()
+        if self._tables and not self._writer.wait(EXIT_WAIT_FOR_ROWS_S):
+            self._writer.hurried = True
+        if not self._writer.wait(EXIT_WAIT_S):
+            logger.error("the checkpoint that was being written is given up after %.0f s", EXIT_WAIT_S)
+
+    # --- odds and ends ----------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Make the folder and remove what dead writers left; what fails is tried again with each checkpoint."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            folders.clear(self._folder)
+        except OSError as error:
+            logger.error("%s cannot be made (%s); it is tried again with each checkpoint", self._folder, error)
+
+    def _is_good(self, stored: Stored) -> bool:
+        """Tell whether all files are as they were written; ranks share the reading, each reads the dense file."""
+        names = sorted(stored.manifest.files)
+        mine = set(names[self._sync.rank :: self._sync.size]) | {DENSE} & set(names)
+        failure, seal = None, None
+        try:
+            seal = manifests.read(stored.path).seal
+            manifests.check(stored.path, stored.manifest, sorted(mine))
+        except CheckpointError as error:
+            failure = str(error)
+        everyone = self._sync.gather((failure, seal))
+        for rank, (message, theirs) in enumerate(everyone):
+            if theirs != stored.manifest.seal:
+                raise CheckpointError(
+                    f"rank {rank} does not see {stored.path} as rank 0 does ({message or 'it is another'}); give a "
+                    "folder that all hosts see"
+                )
+        wrong = [message for message, _ in everyone if message is not None]
+        if wrong and self._writes:
+            logger.warning("%s is passed over: %s", stored.path, wrong[0])
+        return not wrong
+
+    def _require_open(self, call: str) -> None:
+        if self._left:
+            raise ShadowSyncError(f"{call} came after close(); make a new Checkpointer to go on")
+
+
+def _check(model: Any, sync: Any, every_s: float | None, every_steps: int | None, keep: int) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass the torch.nn.Module itself")
+    if not isinstance(sync, ShadowSync):
+        raise TypeError(f"sync is a {type(sync).__name__}; pass the handle, such as optimizer.shadow")
+    if every_s is not None:
+        check_interval("every_s", every_s, low=0.0, high=float("inf"), low_included=False, high_included=False)
+    if every_steps is not None:
+        check_count("every_steps", every_steps, least=1)
+    check_count("keep", keep, least=1)
+
+
+def _signal_of(number: int) -> signal.Signals:
+    try:
+        return signal.Signals(number)
+    except ValueError as error:
+        raise ValueError(f"end_signals has {number!r}, which is no signal; give such as signal.SIGTERM") from error
+
+
+def _tables_of(model: torch.nn.Module) -> dict[str, ShardedEmbeddingBag]:
+    """Return the sharded tables by the names of their folders, which `checkpoint.load` finds beside the dense file."""
+    return {checkpoint.folder_of(DENSE, name).name: module for name, module in checkpoint.sharded_in(model)}

@@ -1,0 +1,166 @@
+"""A folder of checkpoints: which are in it, how one gets there whole or not at all, and which are removed.
+
+`step-<N>` is a checkpoint, `step-<N>.<k>` one of a step of which there was one already. What is under way has a hidden
+name with the job's identifier in it. Nothing else in the folder is looked at or touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvd_shadowsync.checkpointing import manifest as manifests
+from hvd_shadowsync.checkpointing.manifest import MANIFEST, Manifest, Written
+from hvd_shadowsync.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = re.compile(r"step-(\d+)(?:\.(\d+))?")
+UNDER_WAY = re.compile(r"\.step-\d+-[0-9a-f]{12}-\d+\.tmp")
+STOP = re.compile(r"\.stop-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint whose manifest is whole; its files need not be."""
+
+    path: Path
+    manifest: Manifest
+
+
+def latest(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the newest checkpoint in `folder` that is, bit by bit, as it was written; None where there is none.
+
+    All its bytes are read. What is damaged is passed over, with a warning that says what is wrong. The weights are in
+    `model.pt` below it, for `checkpoint.load`, or `torch.load(..., weights_only=True)` in a plain script.
+    """
+    for stored in stored_in(Path(folder)):
+        try:
+            manifests.check(stored.path, stored.manifest)
+        except CheckpointError as error:
+            logger.warning("%s is passed over: %s", stored.path, error)
+        else:
+            return stored.path
+    return None
+
+
+def stored_in(folder: Path) -> list[Stored]:
+    """Return what is in `folder`, the newest first; names damaged manifests in warnings."""
+    found = []
+    for path in _entries(folder, COMPLETE):
+        try:
+            found.append(Stored(path, manifests.read(path)))
+        except CheckpointError as error:
+            logger.warning("%s is passed over: %s", path, error)
+    return sorted(found, key=lambda each: each.manifest.number, reverse=True)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints that have all their files; what cannot be removed stays."""
+    kept = 0
+    for stored in stored_in(folder):
+        if kept >= keep:
+            _remove(stored.path)
+        elif manifests.has_right_sizes(stored.path, stored.manifest):
+            kept += 1
+
+
+def clear(folder: Path) -> None:
+    """Remove what writers that are dead had under way. One job at a time may use a folder."""
+    for path in (*_entries(folder, UNDER_WAY), *_entries(folder, STOP)):
+        _remove(path)
+
+
+def under_way(folder: Path, job: str) -> list[Path]:
+    """Return the folders in which `job` is writing."""
+    return [path for path in _entries(folder, UNDER_WAY) if f"-{job}-" in path.name]
+
+
+def stop_file(folder: Path, job: str) -> Path:
+    """Return the file that tells all ranks of `job` to end."""
+    return folder / f".stop-{job}"
+
+
+class Draft:
+    """A checkpoint under a hidden name, until `complete` gives it its own.
+
+    Raises:
+        OSError: as everything here where the file system refuses; `discard` removes what is there.
+    """
+
+    def __init__(self, folder: Path, job: str, step: int, attempt: int) -> None:
+        self._folder, self._step = folder, step
+        self.path = folder / f".step-{step}-{job}-{attempt}.tmp"
+        self.files: dict[str, Written] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir()
+
+    def complete(self, world_size: int) -> Path:
+        """Write the manifest, have all on disk, give the checkpoint its name and return that."""
+        numbers = [each.manifest.number for each in stored_in(self._folder)]
+        manifest = Manifest(max(numbers, default=-1) + 1, self._step, world_size, self.files)
+        write_whole(self.path / MANIFEST, manifest.encode())
+        for below in {self.path / name for name in self.files}:
+            flush(below.parent)
+        flush(self.path)
+        final = next(path for path in self._names() if not path.exists())
+        os.rename(self.path, final)
+        flush(self._folder)
+        return final
+
+    def discard(self) -> None:
+        """Remove what was written, as far as that is possible."""
+        _remove(self.path)
+
+    def _names(self) -> Iterator[Path]:
+        yield self._folder / f"step-{self._step}"
+        number = 0
+        while number := number + 1:
+            yield self._folder / f"step-{self._step}.{number}"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file under another name, have it on disk, then give it its name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def flush(folder: Path) -> None:
+    """Have the names in `folder` on disk, where the file system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    except OSError:
+        return []
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a kill on the way leaves none that looks whole, or a file."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("%s is not needed, and cannot be removed: %s", path, error)

@@ -1,0 +1,138 @@
+"""Sharded tables in a checkpoint: each rank writes its own rows, asked and answered through files in the folder.
+
+Nobody sends a message for it: a rank that has died or is slow holds no training up. The rank that writes the dense file
+puts `request.json` into the folder of the checkpoint under way; the others look for it now and then, write their
+shards, then `done-<rank>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hvd_shadowsync.checkpointing.content import require_finite
+from hvd_shadowsync.checkpointing.folder import Draft, under_way, write_whole
+from hvd_shadowsync.checkpointing.manifest import Written
+from hvd_shadowsync.embedding import files
+from hvd_shadowsync.embedding.saved import INDEX
+from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
+from hvd_shadowsync.errors import CheckpointError
+
+REQUEST = "request.json"
+FILE_BYTES = 1 << 28
+PAUSE_S = 0.1
+TIMEOUT_S = 600.0
+Done = dict[str, Any]
+
+
+class Tables:
+    """The sharded tables of a model, on one rank.
+
+    Args:
+        modules: by the folder's name below a checkpoint's.
+        rank, size: of those that synchronise.
+    """
+
+    def __init__(self, modules: dict[str, ShardedEmbeddingBag], rank: int, size: int) -> None:
+        self._modules, self._rank, self._size = modules, rank, size
+        self._answered: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    def write(self, draft: Draft, still_wanted: Callable[[], bool]) -> None:
+        """Have all ranks write their rows into `draft`, then write the indexes; on the rank that has the draft.
+
+        Raises:
+            CheckpointError: a rank could not, or has not within `TIMEOUT_S`, or it is not wanted any more.
+            OSError, SafetensorError: this rank could not.
+        """
+        generation = uuid.uuid4().hex[:12]
+        for name in self._modules:
+            (draft.path / name).mkdir()
+        write_whole(draft.path / REQUEST, json.dumps({"generation": generation}).encode())
+        own = self._write_own(draft.path, generation)
+        everyone = [own if rank == self._rank else {} for rank in range(self._size)]
+        deadline = time.monotonic() + TIMEOUT_S
+        while missing := [rank for rank, done in enumerate(everyone) if not done]:
+            for rank in missing:
+                everyone[rank] = _read_done(draft.path / _name(rank))
+            if not all(everyone):
+                _require(time.monotonic() < deadline and still_wanted(), missing[0])
+                time.sleep(PAUSE_S)
+        self._bring_together(draft, generation, everyone)
+
+    def answer(self, folder: Path, job: str) -> None:
+        """Write this rank's rows wherever `job` is writing a checkpoint and waits for them; on the other ranks.
+
+        Raises:
+            OSError: this rank could not, nor say so; the rank that waits does not hear of it in time.
+        """
+        for path in under_way(folder, job):
+            if path.name in self._answered or not (path / REQUEST).exists():
+                continue
+            self._answered.add(path.name)
+            try:
+                generation = json.loads((path / REQUEST).read_bytes())["generation"]
+                done = self._write_own(path, generation)
+            except (OSError, CheckpointError, SafetensorError) as error:
+                done = {"failure": str(error)}
+            write_whole(path / _name(self._rank), json.dumps(done).encode())
+
+    def _write_own(self, path: Path, generation: str) -> Done:
+        tables, written = {}, {}
+        for name, module in self._modules.items():
+            tables[name] = files.write_shards(
+                path / name, generation, module, file_bytes=FILE_BYTES, look_at=_copied_if_finite
+            )
+            for file in files.files_of(tables[name]):
+                found = Written.of(path / name / file)
+                written[f"{name}/{file}"] = [found.num_bytes, found.sha256]
+        return {"tables": tables, "files": written}
+
+    def _bring_together(self, draft: Draft, generation: str, everyone: list[Done]) -> None:
+        for rank, done in enumerate(everyone):
+            if "failure" in done:
+                raise CheckpointError(f"rank {rank}: {done['failure']}")
+            draft.files.update({name: Written(*each) for name, each in done["files"].items()})
+            (draft.path / _name(rank)).unlink(missing_ok=True)
+        (draft.path / REQUEST).unlink()
+        for name, module in self._modules.items():
+            files.write_index(draft.path / name, generation, module, [done["tables"][name] for done in everyone])
+            index = f"{name}/{INDEX}"
+            draft.files[index] = Written.of(draft.path / index)
+
+
+def _name(rank: int) -> str:
+    return f"done-{rank}.json"
+
+
+def _read_done(path: Path) -> Done:
+    """Return what a rank says, or nothing where it has not said it yet."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return {}
+
+
+def _require(in_time: bool, rank: int) -> None:
+    if not in_time:
+        raise CheckpointError(
+            f"rank {rank} has not written its rows of the sharded tables in time; does it see the folder, and run?"
+        )
+
+
+def _copied_if_finite(name: str, rows: Tensor) -> Tensor:
+    """Return a copy of live rows, which training may change at any moment."""
+    with torch.no_grad():
+        copy = rows.clone()
+    require_finite(name, copy)
+    return copy

@@ -1,0 +1,87 @@
+"""Programs that write checkpoints and are told to end in all the ways that are; the case is named on the command line.
+
+`checkpoints.py CASE FOLDER`: trains until it is ended, or for a minute, which fails the test.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+
+import ranks
+import torch
+from parallel.programs.problem import Data, loss_of, make_model
+
+from hvd_shadowsync import Checkpointer, ElasticAveraging, EmbeddingTable, ShadowSync, ShardedEmbeddingBag
+from hvd_shadowsync.embedding import RowWiseAdagrad
+
+LAST = ranks.SIZE - 1
+
+
+def trains(folder: str, *, meets: bool = False, with_block: bool = False, **options: object) -> None:
+    model = make_model(ranks.RANK)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sync = ShadowSync(optimizer, model=model, **{"sync_every": 2, **options})
+    signals = [signal.SIGTERM, signal.SIGUSR2]
+    checkpointer = Checkpointer(folder, model, sync, every_steps=100_000, end_signals=signals)
+    checkpointer.load_latest()
+    data = Data(ranks.RANK)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        optimizer.zero_grad()
+        loss_of(model, data.batch()).backward()
+        optimizer.step()
+        time.sleep(0.001)
+        if sync.steps == 20:
+            ranks.say("trains", "on", str(checkpointer.loaded))
+            if meets and ranks.RANK == LAST:
+                sync.metrics(merged=True)
+
+
+def meets(folder: str) -> None:
+    """The last rank waits in a collective call when the job is told to end."""
+    trains(folder, meets=True)
+
+
+def in_the_foreground(folder: str) -> None:
+    trains(folder, foreground=True)
+
+
+def with_a_center(folder: str) -> None:
+    trains(folder, algorithm=ElasticAveraging())
+
+
+def with_tables(folder: str) -> None:
+    """Sharded tables: lookups in lockstep, rows written by their owners."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            tables = [EmbeddingTable("a", 50, 4), EmbeddingTable("b", 30, 4)]
+            self.tables = ShardedEmbeddingBag(tables, {"a": "row-wise", "b": "table-wise"}, RowWiseAdagrad(0.1))
+            self.top = torch.nn.Linear(8, 1)
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.top.parameters(), lr=0.05)
+    sync = ShadowSync(optimizer, model=model, sync_every=2)
+    checkpointer = Checkpointer(folder, model, sync, every_steps=5, keep=2)
+    checkpointer.load_latest()
+    generator = torch.Generator().manual_seed(ranks.RANK)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        ids = {"a": torch.randint(0, 50, (4, 2), generator=generator)}
+        ids["b"] = torch.randint(0, 30, (4, 2), generator=generator)
+        optimizer.zero_grad()
+        model.top(model.tables(ids)).square().mean().backward()
+        optimizer.step()
+        if sync.steps >= 20 and (ranks.RANK or checkpointer.metrics()["checkpoints"] > 1) and not said:
+            said.append(True)
+            ranks.say("trains", "on", str(checkpointer.loaded))
+
+
+said: list[bool] = []
+
+if __name__ == "__main__":
+    ranks.begin()
+    globals()[sys.argv[1]](sys.argv[2])

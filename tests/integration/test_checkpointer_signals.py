@@ -1,0 +1,86 @@
+"""Real jobs that are told to end: a last checkpoint, exit code 0, and a job that goes on from it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import ONE_HOST, Job, Outcome, launch, mpirun
+
+from hvd_shadowsync import Checkpointer, checkpoint
+
+PROGRAM = Path(__file__).parent / "programs" / "checkpoints.py"
+
+
+def run_case(case: str, folder: Path, during: Callable[[Job], None], *, ranks: int = 2) -> Outcome:
+    command = [*mpirun(ranks), sys.executable, str(PROGRAM), case, str(folder / "checkpoints")]
+    job = folder / f"job-{len(list(folder.glob('job-*')))}"
+    return launch(command, job, timeout_s=90.0, environ=ONE_HOST, during=during)
+
+
+def tell(*which: int, ranks: int = 2) -> Callable[[Job], None]:
+    """Return what sends SIGTERM to some ranks, once all train."""
+
+    def during(job: Job) -> None:
+        pids = job.await_event("trains", ranks=ranks)
+        for rank in which:
+            os.kill(pids[rank], signal.SIGTERM)
+
+    return during
+
+
+@pytest.mark.parametrize(
+    ("case", "which"),
+    [
+        ("trains", (0, 1)),
+        ("trains", (1,)),
+        ("meets", (0, 1)),
+        ("meets", (0,)),
+        ("in_the_foreground", (0, 1)),
+        ("with_a_center", (0, 1)),
+        ("with_a_center", (1,)),
+        ("with_tables", (0, 1)),
+        ("with_tables", (1,)),
+    ],
+)
+def test_a_signal_makes_a_last_checkpoint_and_a_clean_exit(case: str, which: tuple[int, ...], tmp_path: Path) -> None:
+    run_case(case, tmp_path, tell(*which)).require_success()
+    latest = Checkpointer.latest(tmp_path / "checkpoints")
+    assert latest is not None
+    assert checkpoint.read(latest / "model.pt")["optimizer"]["shadow_sync"]["counters"]["steps"] >= 20
+
+
+def test_a_job_of_another_size_goes_on(tmp_path: Path) -> None:
+    run_case("with_tables", tmp_path, tell(0, 1)).require_success()
+    first = Checkpointer.latest(tmp_path / "checkpoints")
+    outcome = run_case("with_tables", tmp_path, tell(0, 1, 2, ranks=3), ranks=3).require_success()
+    assert {each["text"] for each in outcome.events("trains")} == {str(first)}
+    assert Checkpointer.latest(tmp_path / "checkpoints") != first
+
+
+def test_a_signal_that_the_launcher_passes_on(tmp_path: Path) -> None:
+    """mpirun kills a moment after SIGTERM; SIGUSR2 it only passes on."""
+
+    def during(job: Job) -> None:
+        job.await_event("trains", ranks=2)
+        job.send(signal.SIGUSR2)
+
+    run_case("trains", tmp_path, during).require_success()
+    assert Checkpointer.latest(tmp_path / "checkpoints") is not None
+
+
+def test_sigterm_of_the_launcher_ends_the_job_and_leaves_only_good_checkpoints(tmp_path: Path) -> None:
+    """Whether the last checkpoint is done in the moment before the kill depends on its size and the machine."""
+
+    def during(job: Job) -> None:
+        job.await_event("trains", ranks=2)
+        job.send(signal.SIGTERM)
+
+    outcome = run_case("with_tables", tmp_path, during)
+    assert not outcome.verdict
+    assert outcome.left_over == []
+    assert Checkpointer.latest(tmp_path / "checkpoints") is not None

@@ -1,0 +1,231 @@
+"""Damage of every kind is refused and the previous checkpoint used; a kill at any moment leaves good ones only."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_shadowsync import Checkpointer, CheckpointError, checkpoint
+from hvd_shadowsync.checkpointing import folder as folders
+from hvd_shadowsync.checkpointing import manifest as manifests
+from hvd_shadowsync.checkpointing.folder import Draft
+from hvd_shadowsync.checkpointing.manifest import Manifest, Written
+
+JOB = "0123456789ab"
+FILES = ["model.pt", "model.pt.tables/rows.safetensors", "manifest.json"]
+
+
+def write(folder: Path, step: int, size: int = 300) -> Path:
+    draft = Draft(folder, JOB, step, step)
+    for name in FILES[:2]:
+        (draft.path / name).parent.mkdir(exist_ok=True)
+        (draft.path / name).write_bytes(random.Random(step).randbytes(size))
+        draft.files[name] = Written.of(draft.path / name)
+    return draft.complete(2)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints; tests copy it."""
+    folder = tmp_path_factory.mktemp("good")
+    write(folder, 1)
+    write(folder, 2)
+    assert Checkpointer.latest(folder) == folder / "step-2"
+    return folder
+
+
+def damaged(good: Path, to: Path, name: str, data: bytes) -> Path:
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(good, to)
+    (to / "step-2" / name).write_bytes(data)
+    return to
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch") / "copy"
+
+
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit(good: Path, scratch: Path, name: str, where: float, bit: int) -> None:
+    data = bytearray((good / "step-2" / name).read_bytes())
+    data[int(where * len(data))] ^= 1 << bit
+    copy = damaged(good, scratch, name, bytes(data))
+    assert Checkpointer.latest(copy) == copy / "step-1"
+
+
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True))
+def test_any_truncation(good: Path, scratch: Path, name: str, where: float) -> None:
+    data = (good / "step-2" / name).read_bytes()
+    copy = damaged(good, scratch, name, data[: int(where * len(data))])
+    assert Checkpointer.latest(copy) == copy / "step-1"
+
+
+@given(name=st.sampled_from(FILES), more=st.binary(min_size=1, max_size=4))
+def test_any_addition(good: Path, scratch: Path, name: str, more: bytes) -> None:
+    data = (good / "step-2" / name).read_bytes()
+    copy = damaged(good, scratch, name, data + more)
+    assert Checkpointer.latest(copy) == copy / "step-1"
+
+
+@given(data=st.binary(max_size=40) | st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda each: (
+    st.lists(each, max_size=3) | st.dictionaries(st.sampled_from(["files", "step", "number", "a"]), each)
+)).map(lambda value: json.dumps(value).encode()))  # fmt: skip
+def test_any_manifest_of_somebody_else(good: Path, scratch: Path, data: bytes) -> None:
+    copy = damaged(good, scratch, "manifest.json", data)
+    assert Checkpointer.latest(copy) == copy / "step-1"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_and_one_of_another_checkpoint(good: Path, scratch: Path, name: str) -> None:
+    copy = damaged(good, scratch, name, (good / "step-1" / name).read_bytes())
+    assert Checkpointer.latest(copy) == copy / "step-1"
+    (copy / "step-2" / name).unlink()
+    assert Checkpointer.latest(copy) == copy / "step-1"
+
+
+def test_manifests_that_lead_out_of_their_folder(tmp_path: Path) -> None:
+    for name in ("../model.pt", "/etc/passwd", ""):
+        (tmp_path / "manifest.json").write_bytes(Manifest(0, 0, 1, {name: Written(0, "0")}).encode())
+        with pytest.raises(CheckpointError, match="is not below the checkpoint's folder"):
+            manifests.read(tmp_path)
+
+
+@given(number=st.integers(0, 1 << 40), step=st.integers(0, 1 << 40), size=st.integers(1, 9), name=st.text(min_size=1))
+def test_manifests_come_back(scratch: Path, number: int, step: int, size: int, name: str) -> None:
+    manifest = Manifest(number, step, size, {f"a{name}".replace("..", "_"): Written(3, "0" * 64)})
+    scratch.mkdir(exist_ok=True)
+    (scratch / "manifest.json").write_bytes(manifest.encode())
+    assert manifests.read(scratch) == manifest
+
+
+def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        write(tmp_path, step)
+    os.truncate(tmp_path / "step-4" / "model.pt", 5)
+    folders.prune(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step-2", "step-3", "step-4"]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_none_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 4):
+        write(tmp_path, step)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folders.prune(tmp_path, 2)
+    assert [each.path.name for each in folders.stored_in(tmp_path)] == ["step-3", "step-2"]
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+WRITES = """
+import sys
+import torch
+from hvd_shadowsync import Checkpointer, ShadowSync
+from hvd_shadowsync.comm.local import LocalCommunicator, run
+
+folder, numel = sys.argv[1], int(sys.argv[2])
+weights = torch.nn.Parameter(torch.zeros(numel))
+model = torch.nn.Module()
+model.weights = weights
+optimizer = torch.optim.SGD([weights], lr=1.0, momentum=0.5)
+sync = run(1, lambda comm: ShadowSync(optimizer, model=model, communicator=comm), timeout_s=60.0)[0]
+checkpointer = Checkpointer(folder, model, sync, every_steps=1, keep=2)
+checkpointer.load_latest()
+print("ready", flush=True)
+while True:
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    checkpointer._writer.wait()
+"""
+
+
+def writing(folder: Path, numel: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITES, str(folder), str(numel)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_the_latest_good(tmp_path: Path) -> None:
+    """Each process goes on from what the last one left, which was killed at another moment of its writing."""
+    chance, good = random.Random(5), 0
+    for _ in range(8):
+        process = writing(tmp_path, 300_000)
+        time.sleep(chance.uniform(0.0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait(20)
+        process.stdout.close()  # type: ignore[union-attr]
+        complete = [path for path in tmp_path.iterdir() if folders.COMPLETE.fullmatch(path.name)]
+        for path in complete:
+            if (path / "manifest.json").exists():  # else: it was being removed
+                manifests.check(path, manifests.read(path))
+        latest = Checkpointer.latest(tmp_path)
+        assert latest is not None or not complete
+        if latest is not None:
+            content = checkpoint.read(latest / "model.pt")
+            assert bool((content["model"]["weights"] == content["model"]["weights"][0]).all())
+            good += 1
+    assert good > 0
+    left = [path for path in tmp_path.iterdir() if folders.UNDER_WAY.fullmatch(path.name)]
+    assert len(left) <= 1, "those of earlier processes were removed"
+
+
+ENDS = """
+import sys
+import torch
+exec(sys.argv[3].partition("checkpointer.load_latest()")[0])
+weights.grad = torch.ones_like(weights)
+optimizer.step()
+"""
+
+
+def test_leaving_without_close_finishes_what_is_being_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS, str(tmp_path), "3000000", WRITES]
+    subprocess.run(command, timeout=60, check=True)
+    latest = Checkpointer.latest(tmp_path)
+    assert latest == tmp_path / "step-1"
+    assert torch.equal(checkpoint.read(latest / "model.pt")["model"]["weights"], -torch.ones(3_000_000))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_file_that_may_not_grow_is_a_failure_like_a_full_disk(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE, in a process of its own: the write fails in the middle of the dense file."""
+    limited = (
+        WRITES.partition("checkpointer.load_latest()")[0]
+        + """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+for _ in range(3):
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    checkpointer._writer.wait()
+print(checkpointer.metrics()["checkpoint_failures"], checkpointer.last_error)
+checkpointer.close()
+"""
+    )
+    command = [sys.executable, "-c", limited, str(tmp_path), "1000000"]
+    done = subprocess.run(command, timeout=60, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("3 OSError(27"), done.stdout + done.stderr
+    assert os.listdir(tmp_path) == []
