@@ -178,8 +178,15 @@ losses = torch.zeros(())
 step = seen_steps = seen_rounds = 0
 shown_gap = "-"
 
+
+def everyones(value: Any) -> list[Any]:
+    """The value of every rank, by rank; with --sync shadow of those that are left."""
+    return optimizer.shadow.gather(value) if args.sync == "shadow" else MPI.COMM_WORLD.allgather(value)
+
+
 MPI.COMM_WORLD.Barrier()
-started = time.perf_counter()
+started = ended = time.perf_counter()
+longest = 0.0  # seconds from the end of a step to the end of the next, once the first two are over
 batches = islice(data.train_batches(args.batch_size, rank=rank, size=size), num_steps)
 if embedding is not None:
     batches = embedding.prefetch(batches, inputs=lambda batch: batch.ids, depth=args.prefetch)
@@ -190,6 +197,8 @@ for step, batch in enumerate(batches, start=1):
     loss.backward()
     optimizer.step()
     losses += loss.detach()
+    before, ended = ended, time.perf_counter()
+    longest = max(longest, ended - before) if step > 2 else longest
     if step % args.log_every == 0:
         gap = 1.0 if args.sync == "horovod" else None  # steps per round since the last entry; None: no round since
         if args.sync == "shadow" and (rounds := optimizer.shadow.metrics()["rounds"]) > seen_rounds:
@@ -206,7 +215,8 @@ if args.sync == "shadow":
     optimizer.shadow.synchronize()  # all replicas are the same from here on
 if embedding is not None:
     embedding.wait()  # the last updates of rows are done
-seconds = MPI.COMM_WORLD.allreduce(time.perf_counter() - started, op=MPI.MAX)
+seconds = max(everyones(time.perf_counter() - started))
+longest = max(everyones(longest))
 bar.update(step * chunk - bar.n)
 bar.close()
 if step == 0:
@@ -215,16 +225,18 @@ if step == 0:
 dense_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 if args.sync == "shadow":
     sync = optimizer.shadow.metrics(merged=True)
-    optimizer.shadow.close()
+    rank = optimizer.shadow.rank  # 0 is there even where ranks were lost
 elif args.sync == "horovod":  # the bytes of a ring, all ranks together: Horovod does not count its own
     sync = {"rounds": step, "sync_gap_steps": 1.0, "bytes_sent": step * 2 * (size - 1) * dense_bytes}
 else:
     sync = {"rounds": 0, "sync_gap_steps": None, "bytes_sent": 0}
 tables = {"rows": sum(data.table_sizes)}
 if embedding is not None:  # bytes that all ranks sent for the tables, which are no part of the replicas
-    counters = MPI.COMM_WORLD.allgather(embedding.metrics())
+    counters = everyones(embedding.metrics())
     tables |= {name: sum(each[name] for each in counters) for name in counters[0] if "bytes" in name}
     sync["bytes_sent"] += sum(tables[name] for name in ("id_bytes", "vector_bytes", "gradient_bytes"))
+if args.sync == "shadow":
+    optimizer.shadow.close()
 
 if rank == 0:
     model.eval()
@@ -243,6 +255,7 @@ if rank == 0:
         "examples": step * chunk,
         "seconds": seconds,
         "examples_per_second": step * chunk / seconds,
+        "longest_step_ms": 1000 * longest,
         "test": test._asdict(),
         "embedding": tables,
         "sync": {name: value if value is None or math.isfinite(value) else None for name, value in sync.items()},

@@ -6,12 +6,13 @@ import math
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from hvd_shadowsync import ending
+from hvd_shadowsync import ending, rank
 from hvd_shadowsync.comm.tuning import MPI_DEFAULTS, missing_defaults
 
 Kind = Literal["openmpi", "mpich", "intelmpi"]
@@ -108,6 +109,7 @@ def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
     """
     if launch.outlives_ranks:
         _require_fault_tolerance(launch, mpi)
+        launch = replace(launch, program=(sys.executable, str(Path(rank.__file__)), *launch.program))
     hosts = with_slots(launch.hosts, launch.size)
     additions = added_environment(launch, mpi, ranks_per_host(launch, hosts))
     if launch.horovodrun is not None:

@@ -7,6 +7,7 @@ lost ranks without end (once in twenty times, Open MPI 5.0.11).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 import signal
@@ -14,9 +15,12 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from hvd_shadowsync import rank
+
 VARIABLE = "SHADOWRUN_WANTS_ENDINGS"
 """Set for ranks that are to say how they ended."""
-LINE = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
+ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
+NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before MPI was initialised; code: (-?\d+)\n")
 
 FINALIZE_S = 5
 """How long MPI_Finalize may take where ranks were lost: then this one ends by SIGALRM, which harms no other."""
@@ -29,6 +33,11 @@ def note_lost(ranks: Iterable[int]) -> None:
     _LOST.update(ranks)
 
 
+def note_started() -> None:
+    """Let the process that has started this one know that MPI is initialised, on all ranks."""
+    _say(rank.STARTED)
+
+
 def end_well() -> None:
     """When the interpreter ends, let this rank say how it did, on stderr, if that is wanted; and end in time."""
     atexit.register(_end, os.getpid())
@@ -37,6 +46,7 @@ def end_well() -> None:
 def _end(pid: int) -> None:
     if pid != os.getpid():  # forked from a rank
         return
+    _say(rank.ENDED)
     if os.environ.get(VARIABLE):
         lost = " ".join(map(str, sorted(_LOST))) or "none"
         sys.stderr.write(f"hvd_shadowsync: rank {os.environ.get('OMPI_COMM_WORLD_RANK', '0')} ended; lost: {lost}\n")
@@ -46,16 +56,25 @@ def _end(pid: int) -> None:
         signal.alarm(FINALIZE_S)
 
 
+def _say(what: bytes) -> None:
+    if descriptor := os.environ.get(rank.DESCRIPTOR):
+        with contextlib.suppress(OSError, ValueError):  # another's, after an exec
+            os.write(int(descriptor), what)
+
+
 @dataclass
 class Endings:
-    """What ranks have said of their ends."""
+    """What ranks have said of their ends; `never_began` is a rank for which MPI was not initialised, and its code."""
 
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
+    never_began: tuple[int, int] | None = None
 
     def without(self, line: bytes) -> bytes:
         """Take note of what `line` says, if it is of a rank's end; return what else is in it."""
-        for rank, lost in LINE.findall(line):
-            self.ended.add(int(rank))
+        for number, lost in ENDED.findall(line):
+            self.ended.add(int(number))
             self.lost.update(map(int, lost.split() if lost != b"none" else ()))
-        return LINE.sub(b"", line)
+        for number, code in NEVER_BEGAN.findall(line):
+            self.never_began = self.never_began or (int(number), int(code))
+        return ENDED.sub(b"", NEVER_BEGAN.sub(b"", line))

@@ -332,11 +332,14 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
 
 
 def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
-    """Copy the child's stderr, line by line, until it ends."""
+    """Copy the child's stderr, line by line, until it ends; end the job where a rank never began."""
     assert child.stderr is not None, "it is a pipe"
+    told = False
     for line in child.stderr:
         sys.stderr.buffer.write(endings.without(line))
         sys.stderr.buffer.flush()
+        if endings.never_began is not None and not told:
+            told = _signal_group(child.pid, signal.SIGTERM)
 
 
 def _judge(code: int, endings: Endings, *, strict: bool) -> int:
@@ -344,6 +347,10 @@ def _judge(code: int, endings: Endings, *, strict: bool) -> int:
     if endings.lost:
         lost = ", ".join(map(str, sorted(endings.lost)))
         print(f"shadowrun: lost ranks: {lost}; {len(endings.ended)} came to their end", file=sys.stderr)
+    if endings.never_began is not None:
+        rank, own = endings.never_began
+        print(f"shadowrun: rank {rank} ended with code {own} before MPI was initialised: the job ends", file=sys.stderr)
+        return own if own > 0 else 128 - own
     if code:
         return code
     if not endings.ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -17,12 +18,16 @@ except ImportError as error:
     ) from error
 
 from hvd_shadowsync import broadcast
+from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.tuning import tune_environment
 from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimizer
 from hvd_shadowsync.distributed import communicator_of
 from hvd_shadowsync.optimizer import close_all
 
+logger = logging.getLogger(__name__)
+
 CYCLE_TIME_MS = "20"
+LOCAL_RANK, LOCAL_SIZE = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
 
 __all__ = sorted({name for name in dir(_horovod) if not name.startswith("_")} | {"DistributedOptimizer"})
 
@@ -34,9 +39,16 @@ def init(*args: Any, **kwargs: Any) -> Any:
     or not, and takes the core from training. Without an allreduce a step it has little to do, so that 20 is set
     unless the user set another value; an allreduce of the user's own then waits for up to so long.
 
+    In a job that outlives its ranks (`shadowrun --fault-tolerant`) Horovod itself is not initialised, since it ends the
+    job when a rank is lost: `rank`, `size`, `local_rank` and `local_size` are those that the job began with, the
+    optimizer and the two broadcasts below are ours anyway, and Horovod's other calls raise its "not initialized".
+
     Arguments and result are those of `horovod.torch.init`.
     """
     tune_environment()
+    if mpi.outlives_ranks():
+        logger.info("this job outlives its ranks: Horovod itself, which would not, is not initialised")
+        return None
     os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME_MS)
     return _horovod.init(*args, **kwargs)
 
@@ -44,7 +56,32 @@ def init(*args: Any, **kwargs: Any) -> Any:
 def shutdown() -> Any:
     """Close what is still synchronised (collective), then `horovod.torch.shutdown`, which may finalise MPI."""
     close_all()
-    return _horovod.shutdown()
+    return None if mpi.outlives_ranks() else _horovod.shutdown()
+
+
+def is_initialized() -> bool:
+    """Return whether `rank` and its like can be asked for."""
+    return mpi.outlives_ranks() or bool(_horovod.is_initialized())
+
+
+def rank() -> int:
+    """Return the number of this process in the job; see `init`."""
+    return int(mpi.load_mpi().COMM_WORLD.rank if mpi.outlives_ranks() else _horovod.rank())
+
+
+def size() -> int:
+    """Return the number of processes that the job began with; see `init`."""
+    return int(mpi.load_mpi().COMM_WORLD.size if mpi.outlives_ranks() else _horovod.size())
+
+
+def local_rank() -> int:
+    """Return the number of this process on its host; see `init`."""
+    return int(os.environ[LOCAL_RANK]) if mpi.outlives_ranks() else int(_horovod.local_rank())
+
+
+def local_size() -> int:
+    """Return the number of processes that the job began with on this host; see `init`."""
+    return int(os.environ[LOCAL_SIZE]) if mpi.outlives_ranks() else int(_horovod.local_size())
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:

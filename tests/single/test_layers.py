@@ -30,6 +30,7 @@ def part(module: str) -> str:
 
 
 LAYERS = [
+    ["rank"],
     ["errors", "checks", "libraries", "gpus", "ending"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned"],

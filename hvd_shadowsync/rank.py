@@ -1,0 +1,73 @@
+"""What `shadowrun --fault-tolerant` starts for each rank: runs the program, and sees to it that its end is noticed.
+
+Open MPI's launcher takes no notice there of a rank that ends with a code, and nobody notices one that ends before
+MPI_Init is through on all ranks: the others would wait for ever. So a rank that is gone in the middle ends by a signal,
+and one that is gone before MPI was initialised is reported to shadowrun, which ends the job. Runs as a file, since the
+package would import torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+DESCRIPTOR = "SHADOWRUN_RANK_DESCRIPTOR"
+"""Where the program writes `STARTED` once MPI is initialised, and `ENDED` when the interpreter ends as it should."""
+STARTED, ENDED = b"s", b"e"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+PR_SET_PDEATHSIG = 1
+
+
+def main(program: list[str]) -> int:
+    """Run `program`; return its exit code, or die as others can see."""
+    reading, writing = os.pipe()
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    environ = {**os.environ, DESCRIPTOR: str(writing)}
+    child = subprocess.Popen(program, env=environ, pass_fds=[writing], preexec_fn=_die_with_parent)
+    for each in received:
+        child.send_signal(each)
+    code = child.wait()
+    os.set_blocking(reading, False)
+    os.close(writing)
+    try:
+        said = os.read(reading, 64)
+    except BlockingIOError:  # a process that the program left behind holds the other end
+        said = b""
+    return _end(code, said)
+
+
+def _end(code: int, said: bytes) -> int:
+    if STARTED not in said:
+        if code:
+            rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
+            print(f"hvd_shadowsync: rank {rank} ended before MPI was initialised; code: {code}", file=sys.stderr)
+            sys.stderr.flush()
+        return code if code >= 0 else 128 - code
+    if ENDED in said and code >= 0:
+        return code
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 1
+
+
+def _die_with_parent() -> None:
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_DFL)
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
