@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hvd_shadowsync import run
+from hvd_shadowsync import ending, rank, run
 from hvd_shadowsync.command import Host, Launch, LaunchError, Machine, Mpi, allocate, build_command, with_slots
 
 RING = {"OMPI_MCA_coll_libnbc_iallreduce_algorithm": "ring"}
@@ -126,6 +126,46 @@ def test_plain_command(launch: Launch, mpi: Mpi, arguments: list[str], additions
 )
 def test_horovod_command(launch: Launch, mpi: Mpi, arguments: list[str], additions: dict[str, str]) -> None:
     assert build_command(launch, mpi) == (["/hvd/horovodrun", "-np", "4", "--mpi", *arguments, *TRAIN], additions)
+
+
+@pytest.mark.parametrize(
+    ("mpirun_args", "environ", "more"),
+    [
+        ((), {}, ["--mca", "coll", "^han,cuda"]),
+        (("--mca", "coll", "basic"), {}, []),
+        ((), {"OMPI_MCA_coll": "basic"}, []),
+    ],
+)
+def test_a_command_for_a_job_that_outlives_its_ranks(
+    mpirun_args: tuple[str, ...], environ: dict[str, str], more: list[str]
+) -> None:
+    machine = replace(MACHINE, environ=ENVIRON | environ)
+    launch = replace(PLAIN, outlives_ranks=True, mpirun_args=mpirun_args, machine=machine)
+    command, additions = build_command(launch, OPEN_MPI_5)
+    assert command[:3] == ["/mpi/bin/mpirun", "--with-ft", "ulfm"]
+    assert command[3 : 5 + len(more)] == [*more, "-np", "4"]
+    assert command[-6:] == [sys.executable, rank.__file__, *TRAIN]
+    assert additions[ending.VARIABLE] == "1"
+    assert f"-x {ending.VARIABLE}" in " ".join(command)
+
+
+@pytest.mark.parametrize(
+    ("launch", "mpi", "message"),
+    [
+        (HOROVOD, OPEN_MPI_5, "--fault-tolerant does not go with --horovod"),
+        (PLAIN, OPEN_MPI_4, "needs Open MPI 5, /mpi/bin/mpirun is of openmpi 4.1.4; install one"),
+        (PLAIN, MPICH, "is of mpich 4.0.2"),
+        (PLAIN, INTEL, "is of intelmpi 2021.9"),
+    ],
+)
+def test_what_cannot_outlive_its_ranks(launch: Launch, mpi: Mpi, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        build_command(replace(launch, outlives_ranks=True), mpi)
+
+
+def test_strict_is_about_jobs_that_outlive_their_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["-np", "2", "--strict", "true"]) == 2
+    assert "--strict says how a job with --fault-tolerant exits" in capsys.readouterr().err
 
 
 def test_path_stays_where_mpirun_is_its_first() -> None:

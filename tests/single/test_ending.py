@@ -1,0 +1,111 @@
+"""How ranks end: what each says of it, what shadowrun makes of that, and the process that runs a rank's program."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hvd_shadowsync import rank, run
+from hvd_shadowsync.ending import Endings
+
+SAY = f"import os; os.write(int(os.environ[{rank.DESCRIPTOR!r}]), b%r); "
+STARTED, ENDED = SAY % rank.STARTED.decode(), SAY % rank.ENDED.decode()
+TIMEOUT_S = 60
+
+
+def start(program: str) -> subprocess.Popen[str]:
+    command = [sys.executable, rank.__file__, sys.executable, "-c", program]
+    environ = {**os.environ, "OMPI_COMM_WORLD_RANK": "2"}
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        (STARTED + ENDED, 0, ""),
+        (STARTED + ENDED + "os._exit(5)", 5, ""),
+        (STARTED, -signal.SIGKILL, ""),
+        (STARTED + "os._exit(3)", -signal.SIGKILL, ""),
+        (STARTED + "os.kill(os.getpid(), 11)", -signal.SIGKILL, ""),
+        (STARTED + ENDED + "os.kill(os.getpid(), 14)", -signal.SIGKILL, ""),
+        ("pass", 0, ""),
+        ("import os; os._exit(3)", 3, "code: 3"),
+        ("import os; os.kill(os.getpid(), 9)", 128 + 9, "code: -9"),
+    ],
+    ids=str,
+)
+def test_a_rank_ends_as_its_program_or_such_that_others_notice(program: str, code: int, said: str) -> None:
+    process = start(program)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == code
+    assert errors == (f"hvd_shadowsync: rank 2 ended before MPI was initialised; {said}\n" if said else "")
+
+
+def test_what_a_program_leaves_behind_holds_nobody_up() -> None:
+    process = start(STARTED + ENDED + "import subprocess, sys; subprocess.Popen(['sleep', '60'], close_fds=False)")
+    assert process.wait(timeout=TIMEOUT_S / 2) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_the_program(number: signal.Signals) -> None:
+    handler = f"import signal, sys, time; signal.signal({int(number)}, lambda *_: sys.exit(7)); "
+    process = start(STARTED + ENDED + handler + "print('ready', flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(timeout=TIMEOUT_S / 2) == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_a_program_does_not_outlive_what_runs_it() -> None:
+    process = start("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait(timeout=TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while is_running(child):
+        assert time.monotonic() < deadline, f"process {child} is there yet"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_ranks_say_is_taken_out_of_their_lines() -> None:
+    endings = Endings()
+    lines = [
+        b"hvd_shadowsync: rank 0 ended; lost: none\n",
+        b"a warning\n",
+        b"half a line, hvd_shadowsync: rank 3 ended; lost: 1 12\n",
+        b"hvd_shadowsync: rank 4 ended before MPI was initialised; code: -9\n",
+    ]
+    assert [endings.without(line) for line in lines] == [b"", b"a warning\n", b"half a line, ", b""]
+    assert (endings.ended, endings.lost, endings.never_began) == ({0, 3}, {1, 12}, (4, -9))
+
+
+@pytest.mark.parametrize(
+    ("code", "endings", "strict", "judged"),
+    [
+        (0, Endings({0, 1}), False, 0),
+        (0, Endings({0, 1}), True, 0),
+        (0, Endings({0}, {1}), False, 0),
+        (0, Endings({0}, {1}), True, run.LOST_CODE),
+        (0, Endings(), False, 1),
+        (5, Endings({0}, {1}), True, 5),
+        (143, Endings(never_began=(1, 3)), False, 3),
+        (143, Endings(never_began=(1, -9)), False, 137),
+    ],
+)
+def test_the_exit_code_of_a_job_that_outlives_its_ranks(code: int, endings: Endings, strict: bool, judged: int) -> None:
+    assert run._judge(code, endings, strict=strict) == judged
