@@ -98,11 +98,11 @@ def test_one_rank_without_patience_is_enough(rank: int) -> None:
     assert not counted(*[Ballot(TRAIN, True, OLD)] * 3).gives_up
 
 
-def test_a_ballot_is_48_bytes_and_holds_a_fingerprint_whole() -> None:
-    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9, 8, True).encode()
+def test_a_ballot_is_56_bytes_and_holds_a_fingerprint_whole() -> None:
+    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9, 8, True, True).encode()
     assert encoded.dtype == torch.int64
-    assert encoded.nbytes == 48
-    assert encoded.tolist() == [2, 1, 2**62 - 1, 9, 8, 1]
+    assert encoded.nbytes == 56
+    assert encoded.tolist() == [2, 1, 2**62 - 1, 9, 8, 1, 1]
     assert encoded.numel() == NUM_FIELDS
 
 
