@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_shadowsync.errors import ShadowSyncError
 from hvd_shadowsync.finite import all_finite, has_nan, within
+from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,10 @@ class Finding:
     name: str
     what: str
     step: int
-    good_at: int | None
+    good_at: int
 
     def __str__(self) -> str:
-        before = "never seen without" if self.good_at is None else f"still good at step {self.good_at}"
-        return f"{self.name} has {self.what} at step {self.step} ({before})"
+        return f"{self.name} has {self.what} at step {self.step} (still good at step {self.good_at})"
 
 
 class Health:
@@ -42,18 +42,18 @@ class Health:
 
     Args:
         rank: number of this rank in messages.
+        metrics: whose steps messages name.
         size: number of ranks.
         max_distance: from the anchor, over the anchor's norm, beyond which a replica is reported; None for never.
     """
 
-    def __init__(self, rank: int, size: int, max_distance: float | None = None) -> None:
-        self.rank, self._size, self._max_distance = rank, size, max_distance
+    def __init__(self, rank: int, size: int, metrics: RoundMetrics, max_distance: float | None = None) -> None:
+        self.rank, self._size, self._metrics, self._max_distance = rank, size, metrics, max_distance
         self.bad: Finding | None = None
         """What is wrong, until it is healed."""
         self.last: Finding | None = None
         """What was wrong last."""
-        self._good_at: int | None = None
-        self._to_watch = self._times = 0
+        self._good_at = self._to_watch = self._times = 0
         self._is_far = False
 
     @property
@@ -61,22 +61,22 @@ class Health:
         """Whether it was bad in one of the last rounds: whoever gets bad once often does so again."""
         return self._to_watch > 0
 
-    def examine(self, replica: Replica, flat: Tensor, step: int, part: slice | None = None) -> bool:
-        """Look for bad numbers in the snapshot `flat`, or in a part of it; tell whether there are.
+    def examine(self, replica: Replica, flat: Tensor, since: int, part: slice | None = None) -> bool:
+        """Look for bad numbers in the snapshot `flat`, begun at step `since`, or in a part of it; tell if there are.
 
         What is found in a part is added to what is known; the whole settles it.
         """
         found = self._first_bad(replica, flat, slice(0, flat.numel()) if part is None else part)
         if found is not None:
-            self.bad = self.last = self.bad or Finding(*found, step, self._good_at)
+            self.bad = self.last = self.bad or Finding(*found, self._metrics.steps, self._good_at)
             self._to_watch = WATCHED_ROUNDS
         elif part is None:
-            self.bad, self._good_at = None, step
+            self.bad, self._good_at = None, since
         return found is not None
 
-    def note_good(self, step: int) -> None:
-        """Take note that the snapshot of `step` had no bad number."""
-        self._good_at = step
+    def note_good(self, since: int) -> None:
+        """Take note that the snapshot of a round, begun at step `since`, had no bad number."""
+        self._good_at = since
         self._to_watch = max(0, self._to_watch - 1)
         if not self._to_watch:
             self._times = 0

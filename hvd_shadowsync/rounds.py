@@ -88,7 +88,7 @@ class Rounds:
         self._reduction = Reduction(ranks.comm, replica, options, metrics, poller)
         self._mean = OwnerMean(ranks.comm, poller)
         self._cpu_budget = cpu_budget
-        self._health = Health(ranks.comm.members[ranks.comm.rank], ranks.comm.size, options.max_distance)
+        self._health = Health(ranks.comm.members[ranks.comm.rank], ranks.comm.size, metrics, options.max_distance)
         self._last_cost_s: float | None = None
         self._idle_rounds = 0
         self._steps = 0
@@ -117,6 +117,7 @@ class Rounds:
             self._poller.wait([self._comm.ibcast(self._snapshot)])
             if self._health.examine(replica, self._snapshot, self._metrics.steps, slice(0, replica.num_weights)):
                 raise self._health.nobody_is_left()
+            self._health.note_good(self._metrics.steps)
             self._set_anchor(self._snapshot)
 
     def _allocate(self) -> None:
@@ -266,8 +267,9 @@ class Rounds:
         """Tell whether the replica has bad numbers, as far as is known; one that often has is looked at."""
         if self._health.is_watched:
             with self.lock:
+                steps = self._metrics.steps
                 self.replica.snapshot(self._snapshot)
-                self._health.examine(self.replica, self._snapshot, self._metrics.steps)
+                self._health.examine(self.replica, self._snapshot, steps)
         return self._health.bad is not None
 
     def _round(self, weights: tuple[float, ...]) -> Staged:
