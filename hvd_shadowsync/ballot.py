@@ -52,7 +52,8 @@ class Ballot:
         spent_us: CPU time that it has spent on synchronisation since its last vote, microseconds.
         cost_us: how long after the last round began the next could, as to the way it was sent, microseconds.
         gives_up: whether it has waited too long for the ranks to have the same parameters.
-        bad: whether its replica has NaN or infinity, and is to take over what the others make of theirs.
+        bad: how often in a row its replica has had NaN or infinity, this time included; 0 if it has none. It is to take
+            over what the others make of theirs then.
     """
 
     intent: Intent
@@ -61,7 +62,7 @@ class Ballot:
     spent_us: int = 0
     cost_us: int = 0
     gives_up: bool = False
-    bad: bool = False
+    bad: int = 0
 
     def encode(self) -> Tensor:
         """Return the ballot as a vector, int64."""
@@ -70,6 +71,8 @@ class Ballot:
 
 
 NUM_FIELDS = 7
+HOPELESS = 3
+"""So often in a row all ranks that train may have bad numbers, where those that wait have good ones."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,23 @@ def count(votes: Tensor, agreed_layout: int) -> Count:
     weights = weights_of(counts, bad)
     verdict = _verdict(set(intents), set(layouts), agreed_layout)
     most_spent_us, most_cost_us = max(spent_us), max(cost_us)
-    return Count(verdict, weights, tuple(map(Intent, intents)), most_spent_us, most_cost_us, any(give_up), all(bad))
+    return Count(
+        verdict, weights, tuple(map(Intent, intents)), most_spent_us, most_cost_us, any(give_up), _all_bad(counts, bad)
+    )
 
 
-def weights_of(counts: Sequence[float], bad: Sequence[bool]) -> tuple[float, ...]:
+def weights_of(counts: Sequence[float], bad: Sequence[int]) -> tuple[float, ...]:
     """Return how much each replica weighs: those that count and are good; if there are none, all good ones; or all."""
     for weights in ([each * (not ill) for each, ill in zip(counts, bad, strict=True)], [not ill for ill in bad]):
         if any(weights):
             return tuple(map(float, weights))
     return (1.0,) * len(bad)
+
+
+def _all_bad(counts: Sequence[int], bad: Sequence[int]) -> bool:
+    """Tell whether no replica is good, or only those of ranks without data and the rest have not kept what they got."""
+    counting = [ill for each, ill in zip(counts, bad, strict=True) if each]
+    return all(bad) or (bool(counting) and min(counting) >= HOPELESS)
 
 
 def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:

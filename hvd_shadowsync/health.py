@@ -54,7 +54,13 @@ class Health:
         self.last: Finding | None = None
         """What was wrong last."""
         self._good_at = self._to_watch = self._times = 0
+        self._in_a_row, self._healed_at = 0, 0
         self._is_far = False
+
+    @property
+    def bad_in_a_row(self) -> int:
+        """How often it got bad without having been good after a step in between, this time included; 0 while good."""
+        return self._in_a_row + 1 if self.bad is not None else 0
 
     @property
     def is_watched(self) -> bool:
@@ -77,18 +83,22 @@ class Health:
     def note_good(self, since: int) -> None:
         """Take note that the snapshot of a round, begun at step `since`, had no bad number."""
         self._good_at = since
+        if since > self._healed_at + 1:  # which is merged at the end of the next step
+            self._in_a_row = 0
         self._to_watch = max(0, self._to_watch - 1)
         if not self._to_watch:
             self._times = 0
 
     def note_healed(self) -> None:
-        """Say that the replica takes over the others' numbers; of many times in a row the 1st, 2nd, 4th, 8th..."""
+        """Say that the replica takes over the others' numbers; of many times the 1st, 2nd, 4th, 8th..."""
         assert self.bad is not None, "it was bad"
         self._times += 1
+        self._in_a_row += 1
+        self._healed_at = self._metrics.steps
         if self._times & (self._times - 1) == 0:
             logger.warning(
                 "rank %d: %s; its replica was left out of the mean and is healed from the others'%s",
-                self.rank, self.bad, "" if self._times == 1 else f", the {self._times}th time in a row",
+                self.rank, self.bad, "" if self._times == 1 else f" ({self._times} times by now)",
             )  # fmt: skip
         self.bad = None
 

@@ -204,7 +204,7 @@ class Rounds:
             spent_us, cost_us = round(1e6 * spent_s), round(1e6 * (self._last_cost_s or 0.0))
             own = Ballot(
                 intent, self._counts(), self.wanted_replica.fingerprint, spent_us, cost_us, self._is_out_of_patience(),
-                self._is_bad(),
+                self._bad_in_a_row(),
             )  # fmt: skip
             count = self._vote(own)
             if count.all_bad:
@@ -263,14 +263,14 @@ class Rounds:
         VOTING.wait([self._comm.iallgather(own.encode(), votes)], meanwhile=self.serve if self.serves else None)
         return ballot.count(votes, self.replica.fingerprint)
 
-    def _is_bad(self) -> bool:
-        """Tell whether the replica has bad numbers, as far as is known; one that often has is looked at."""
+    def _bad_in_a_row(self) -> int:
+        """Return how often the replica has had bad numbers, as far as is known; one that often has is looked at."""
         if self._health.is_watched:
             with self.lock:
                 steps = self._metrics.steps
                 self.replica.snapshot(self._snapshot)
                 self._health.examine(self.replica, self._snapshot, steps)
-        return self._health.bad is not None
+        return self._health.bad_in_a_row
 
     def _round(self, weights: tuple[float, ...]) -> Staged:
         begun, spent, sent = time.monotonic(), time.thread_time(), self._reducer.bytes_sent

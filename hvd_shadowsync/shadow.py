@@ -268,6 +268,8 @@ class ShadowThread(Driver):
         merge_staged(self._staged, self.metrics, hogwild=hogwild, mend=self.mend)
         if self._staged.verdict is Verdict.CONSOLIDATE:
             self._consolidations += 1
+        if self._staged.heals:
+            self._steps_at_round = self.metrics.steps  # the next round is to see what steps make of it
         self._staged = None
         self._wake.set()
 
