@@ -108,13 +108,14 @@ def test_an_error_in_the_shadow_thread_that_the_script_reports_by_itself(tmp_pat
     assert outcome.errors.count("training failed: the shadow thread failed") == 1
 
 
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize("case", ["all_replicas_get_bad", "all_replicas_of_a_center_get_bad"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_replicas_that_are_all_bad_end_the_job_before_the_last_good_checkpoint_is_overwritten(
     case: str, ranks: int, tmp_path: Path
 ) -> None:
-    outcome = run_case(case, tmp_path, ranks=ranks)
-    require_end(outcome, since="raised")
+    outcome = run_case(case, tmp_path, ranks=ranks, timeout_s=150.0)
+    require_end(outcome)
     for each in outcome.events("raised"):
         assert re.search(rf"all replicas hold NaN or infinity: here \(rank {each['rank']}\) \S+ has NaN", each["text"])
     latest = Checkpointer.latest(tmp_path / "checkpoints")
