@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
-from hvd_shadowsync.checks import choice
+from hvd_shadowsync.checks import check_interval, choice
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag, open_modules
 from hvd_shadowsync.metrics import COUNTERS
@@ -81,6 +81,7 @@ def round_options(
     wire_dtype: torch.dtype | None,
     foreground: bool,
     hierarchical: bool | str = "auto",
+    max_distance: float | None = None,
 ) -> RoundOptions:
     """Return checked options of rounds."""
     algorithm = ModelAveraging() if algorithm is None else algorithm
@@ -99,7 +100,9 @@ def round_options(
         raise ValueError(f"wire_dtype={wire_dtype!r} is not supported; give torch.float16, torch.bfloat16 or None")
     if not (isinstance(hierarchical, bool) or hierarchical == "auto"):
         raise ValueError(f"hierarchical={hierarchical!r} is not supported; give 'auto', True or False")
-    return RoundOptions(algorithm, merge, wire_dtype, bool(foreground), hierarchical)
+    if max_distance is not None:
+        check_interval("max_distance", max_distance, low=0.0, high=float("inf"), low_included=False)
+    return RoundOptions(algorithm, merge, wire_dtype, bool(foreground), hierarchical, max_distance)
 
 
 def check_combinations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
@@ -51,6 +52,8 @@ class Ballot:
         spent_us: CPU time that it has spent on synchronisation since its last vote, microseconds.
         cost_us: how long after the last round began the next could, as to the way it was sent, microseconds.
         gives_up: whether it has waited too long for the ranks to have the same parameters.
+        bad: how often in a row its replica has had NaN or infinity, this time included; 0 if it has none. It is to take
+            over what the others make of theirs then.
     """
 
     intent: Intent
@@ -59,14 +62,17 @@ class Ballot:
     spent_us: int = 0
     cost_us: int = 0
     gives_up: bool = False
+    bad: int = 0
 
     def encode(self) -> Tensor:
         """Return the ballot as a vector, int64."""
-        fields = [self.intent, self.counts, self.layout, self.spent_us, self.cost_us, self.gives_up]
+        fields = [self.intent, self.counts, self.layout, self.spent_us, self.cost_us, self.gives_up, self.bad]
         return torch.tensor(fields, dtype=torch.int64)
 
 
-NUM_FIELDS = 6
+NUM_FIELDS = 7
+HOPELESS = 3
+"""So often in a row all ranks that train may have bad numbers, where those that wait have good ones."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,32 @@ class Count:
     most_spent_us: int
     most_cost_us: int
     gives_up: bool
+    all_bad: bool
 
 
 def count(votes: Tensor, agreed_layout: int) -> Count:
-    """Return what follows from `votes`, int64 of shape (size, 6), where the last rounds had `agreed_layout`."""
-    intents, counts, layouts, spent_us, cost_us, give_up = votes.T.tolist()
-    weights = tuple(map(float, counts)) if any(counts) else (1.0,) * len(counts)
+    """Return what follows from `votes`, int64 of shape (size, 7), where the last rounds had `agreed_layout`."""
+    intents, counts, layouts, spent_us, cost_us, give_up, bad = votes.T.tolist()
+    weights = weights_of(counts, bad)
     verdict = _verdict(set(intents), set(layouts), agreed_layout)
-    return Count(verdict, weights, tuple(map(Intent, intents)), max(spent_us), max(cost_us), any(give_up))
+    most_spent_us, most_cost_us = max(spent_us), max(cost_us)
+    return Count(
+        verdict, weights, tuple(map(Intent, intents)), most_spent_us, most_cost_us, any(give_up), _all_bad(counts, bad)
+    )
+
+
+def weights_of(counts: Sequence[float], bad: Sequence[int]) -> tuple[float, ...]:
+    """Return how much each replica weighs: those that count and are good; if there are none, all good ones; or all."""
+    for weights in ([each * (not ill) for each, ill in zip(counts, bad, strict=True)], [not ill for ill in bad]):
+        if any(weights):
+            return tuple(map(float, weights))
+    return (1.0,) * len(bad)
+
+
+def _all_bad(counts: Sequence[int], bad: Sequence[int]) -> bool:
+    """Tell whether no replica is good, or only those of ranks without data and the rest have not kept what they got."""
+    counting = [ill for each, ill in zip(counts, bad, strict=True) if each]
+    return all(bad) or (bool(counting) and min(counting) >= HOPELESS)
 
 
 def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:

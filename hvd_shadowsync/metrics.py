@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-MERGED_BY_SUM = ("bytes_sent",)
+MERGED_BY_SUM = ("bytes_sent", "times_healed")
 MERGED_BY_MAX = ("rounds", "ranks_lost", "recovery_ms")
 COUNTERS = ("steps", "rounds", "steps_at_last_round")
 """What a checkpoint keeps."""
@@ -39,6 +39,7 @@ class RoundMetrics:
     | chunks_in_flight | how many of those are under way at a time; nan likewise |
     | pause_ms | longest pause between two looks at them; nan likewise |
     | searching | 1 while rounds still try what to choose for these three, 0 then |
+    | times_healed | how often this rank's replica had NaN or infinity and took over the others' numbers |
     | ranks_lost | ranks that were lost, and that the others go on without |
     | recovery_ms | how long it has taken the communicator thread, in all, to be without them |
     """
@@ -58,6 +59,7 @@ class RoundMetrics:
     chunks_in_flight: float = math.nan
     pause_ms: float = math.nan
     searching: bool = False
+    times_healed: int = 0
     ranks_lost: int = 0
     recovery_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -82,6 +84,7 @@ class RoundMetrics:
                 "chunks_in_flight": self.chunks_in_flight,
                 "pause_ms": self.pause_ms,
                 "searching": float(self.searching),
+                "times_healed": self.times_healed,
                 "ranks_lost": self.ranks_lost,
                 "recovery_ms": 1000 * self.recovery_s,
             }

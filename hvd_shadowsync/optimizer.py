@@ -29,6 +29,7 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.embedding.sharded import join_all
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
+from hvd_shadowsync.health import forget_bad_state
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
 from hvd_shadowsync.pacing import Pacing
@@ -54,6 +55,10 @@ class ShadowSync:
     it changes. All ranks construct and close their handles in the same order. At world size 1 there is no thread, no
     MPI traffic, and training is bit-identical to training without a handle.
 
+    A replica with NaN or infinity is left out of the mean and takes over the others' numbers; state of its optimizer
+    that is as bad becomes 0. The rank logs which parameter it was, and at which step. Where all replicas are bad, every
+    rank raises `ShadowSyncError`. At world size 1 nobody looks.
+
     All methods are for the training thread. `synchronize`, `averaged_weights`, `state_dict`, `load_state_dict`,
     `metrics(merged=True)` and `close` are collective: every rank has to call them, at its own time (ranks with less
     data wait, and take part in rounds without counting).
@@ -69,7 +74,8 @@ class ShadowSync:
         cpu_budget: share of one core that synchronisation may take, in (0, 1]; rounds are as frequent as that allows.
             The first ones have ten seconds' worth more, and follow one another without a pause until it is spent.
             Default 0.02 where neither of the two above is given.
-        warmup_steps: so many first steps average gradients in the training thread, as Horovod does; default 0.
+        warmup_steps: so many first steps average gradients in the training thread, as Horovod does; default 0. A NaN
+            in one rank's gradients is in all replicas then, as with Horovod, and an error when the rounds begin.
         merge: "delta" (default): the replica moves by alpha (anchor - snapshot) and keeps the steps that it made
             meanwhile; "interpolate": the paper's w = (1-alpha) w + alpha anchor, which needs alpha < 1.
         foreground: rounds in the training thread every `sync_every` steps (FR-MA, FR-EASGD-k, FR-BMUF-k):
@@ -87,6 +93,8 @@ class ShadowSync:
         hierarchical: between hosts that have several ranks each, let those of a host average through memory that they
             share, and one of them go on the network: "auto" (default) where they can share, True (warns where they
             cannot), False. S-EASGD and foreground rounds know no hosts.
+        max_distance: log a warning where a replica gets farther away from the anchor than this, in units of the
+            anchor's norm (`metrics()["distance"]`), once each time; default None, never.
         sparse_as_dense: leave gradients dense that were sparse before the warm-up averaged them; default False.
         initial_weights: "broadcast" (default) from rank 0, or "check" that they are equal.
         communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
@@ -119,6 +127,7 @@ class ShadowSync:
         wire_dtype: torch.dtype | None = None,
         sparse_as_dense: bool = False,
         hierarchical: bool | str = "auto",
+        max_distance: float | None = None,
         initial_weights: str = "broadcast",
         communicator: Communicator | None = None,
         end_job_on_exception: bool = True,
@@ -131,7 +140,9 @@ class ShadowSync:
             ("sparse_as_dense", sparse_as_dense),
         ):
             check_flag(name, flag)
-        self._options = arguments.round_options(algorithm, merge, wire_dtype, foreground or deterministic, hierarchical)
+        self._options = arguments.round_options(
+            algorithm, merge, wire_dtype, foreground or deterministic, hierarchical, max_distance
+        )
         self._pacing = Pacing(sync_every, sync_interval_ms, cpu_budget)
         self._apply = choice("apply", apply, APPLIES)
         self._initial = choice("initial_weights", initial_weights, INITIALS)
@@ -591,6 +602,7 @@ class ShadowSync:
             self._loaded = None
             self._driver = self._make_driver(rounds)
             self._driver.ending = self._ending
+            self._driver.mend = partial(forget_bad_state, self.optimizer)
             mpi.spare_others_on_exception()
             if self._paused:
                 self._driver.pause()

@@ -42,6 +42,7 @@ class RoundOptions:
         hierarchical: whether ranks of one host reduce through shared memory and one of them goes on the network, where
             there are several hosts with several ranks: "auto" where they can, True (says why where they cannot) or
             False.
+        max_distance: of a replica from the anchor, over the anchor's norm, beyond which it is reported; None for never.
     """
 
     algorithm: Algorithm
@@ -49,6 +50,7 @@ class RoundOptions:
     wire_dtype: torch.dtype | None = None
     foreground: bool = False
     hierarchical: bool | str = "auto"
+    max_distance: float | None = None
 
 
 class Reduction:

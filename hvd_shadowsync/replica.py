@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -222,13 +222,17 @@ class Replica:
             self._integers.upload(integers)
 
     @torch.no_grad()
-    def merge(self, staged: Tensor, how: Merge, alpha: float = 1.0, *, hogwild: bool = False) -> None:
-        """Bring the flat vector `staged`, which was uploaded, into the live tensors.
+    def merge(
+        self, staged: Tensor, how: Merge, alpha: float = 1.0, *, hogwild: bool = False, still: Collection[int] = ()
+    ) -> None:
+        """Bring the flat vector `staged`, which was uploaded, into the live tensors but those numbered in `still`.
 
         With `hogwild` autograd takes no notice, and the thread may be any.
         """
         if self.tensors:
             with self._reals.merging(staged, hogwild=hogwild) as (lives, parts):
+                if still:
+                    lives, parts = ([e for i, e in enumerate(each) if i not in still] for each in (lives, parts))
                 _APPLY[how](lives, parts, alpha)
 
     @torch.no_grad()

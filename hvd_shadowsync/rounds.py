@@ -23,67 +23,22 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.errors import RankLostError, ReplicaMismatchError, ShadowSyncError
-from hvd_shadowsync.gpus import Arriving
+from hvd_shadowsync.finite import all_finite
+from hvd_shadowsync.health import Health
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reducers import ElasticCenter, ElasticInTurn, OwnerMean, gather_center
 from hvd_shadowsync.reducers.base import Fill, as_it_is
 from hvd_shadowsync.reduction import Reduction, RoundOptions
 from hvd_shadowsync.replica import Merge, Replica
+from hvd_shadowsync.staged import Stage, Staged
 
 logger = logging.getLogger(__name__)
 
 SETTLED = 0.01
 MISMATCH_TIMEOUT_S = 30.0
 SAMPLE = 256
-DISTANCE_SAMPLE = 1 << 12
 STATE_CHUNK = 1 << 18
 VOTING = Poller(spin_s=0.0, growth=1.1)  # the others may be far from their votes
-
-
-@dataclass
-class Staged:
-    """The result of a round, ready for the live tensors of `replica`; `integers` where they come from another rank."""
-
-    replica: Replica
-    vector: Tensor
-    integers: Tensor | None
-    how: Merge
-    alpha: float
-    verdict: Verdict
-    steps: int
-    sample: Tensor | None = None
-
-    def merge(self, *, hogwild: bool = False) -> Progress | None:
-        """Bring the result into the live tensors; return what of the progress in flight is left, where it is told."""
-        count = 0 if self.sample is None else self.sample.numel()
-        before = self.replica.head(count)
-        self.replica.merge(self.vector, self.how, self.alpha, hogwild=hogwild)
-        if self.integers is not None:
-            self.replica.assign_integers(self.integers, hogwild=hogwild)
-        if self.sample is None:
-            return None
-        staged = self.vector[:count]
-        moved = staged if self.how is Merge.ADD else self.alpha * (staged - self.sample)
-        return Progress(self.sample, self.sample + moved, before, self.replica.head(count))
-
-
-@dataclass
-class Progress:
-    """Some weights at the snapshot, where a merge without progress in flight would take them, and around the merge."""
-
-    sample: Tensor
-    undisturbed: Tensor
-    before: Arriving
-    after: Arriving
-
-    def surviving(self) -> float:
-        """Return the share of the steps made in flight that is left after the merge; nan if there were none."""
-        before, after = self.before.get(), self.after.get()
-        count = before.numel()
-        progress = (before - self.sample[:count]).double()
-        kept = (after - self.undisturbed[:count]).double()
-        norm = float(progress @ progress)
-        return float(kept @ progress) / norm if norm > 0 else math.nan
 
 
 Errand = Callable[[Communicator], Any]
@@ -133,6 +88,7 @@ class Rounds:
         self._reduction = Reduction(ranks.comm, replica, options, metrics, poller)
         self._mean = OwnerMean(ranks.comm, poller)
         self._cpu_budget = cpu_budget
+        self._health = Health(ranks.comm.members[ranks.comm.rank], ranks.comm.size, metrics, options.max_distance)
         self._last_cost_s: float | None = None
         self._idle_rounds = 0
         self._steps = 0
@@ -150,12 +106,18 @@ class Rounds:
         """Start anew from the live weights of `replica`, which are the same on every rank (collective).
 
         Its buffers may differ already; rank 0's are what all ranks reckon from. No result is waiting to be merged.
+
+        Raises:
+            ShadowSyncError: the weights have NaN or infinity; raised on every rank.
         """
         with self.lock:
             self.replica = self.wanted_replica = replica
             self._allocate()
             replica.snapshot(self._snapshot)
             self._poller.wait([self._comm.ibcast(self._snapshot)])
+            if self._health.examine(replica, self._snapshot, self._metrics.steps, slice(0, replica.num_weights)):
+                raise self._health.nobody_is_left()
+            self._health.note_good(self._metrics.steps)
             self._set_anchor(self._snapshot)
 
     def _allocate(self) -> None:
@@ -213,7 +175,7 @@ class Rounds:
         self._mean = OwnerMean(comm, self._poller)
         self._allocate()
         self._take_snapshot()
-        self._average((1.0,) * comm.size)
+        self._average(self._only_good((1.0,) * comm.size))
         self._poller.wait([comm.ibcast(tensor) for _, tensor in named(self._state)])
         self._rebase_state(self._snapshot)
         if isinstance(self._reducer, ElasticCenter | ElasticInTurn):
@@ -235,14 +197,18 @@ class Rounds:
 
         Raises:
             RankLostError: a rank is lost; what has a result has it on all that are left. `go_on` comes next.
+            ShadowSyncError: all replicas have NaN or infinity; raised on every rank.
         """
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
         if self._meets(intent):
             spent_us, cost_us = round(1e6 * spent_s), round(1e6 * (self._last_cost_s or 0.0))
             own = Ballot(
-                intent, self._counts(), self.wanted_replica.fingerprint, spent_us, cost_us, self._is_out_of_patience()
-            )
+                intent, self._counts(), self.wanted_replica.fingerprint, spent_us, cost_us, self._is_out_of_patience(),
+                self._bad_in_a_row(),
+            )  # fmt: skip
             count = self._vote(own)
+            if count.all_bad:
+                raise self._health.nobody_is_left()
             verdict, weights = count.verdict, count.weights
             if self._last_cost_s is not None:
                 self._reduction.observe(count.most_cost_us)
@@ -267,7 +233,12 @@ class Rounds:
 
     def serve(self) -> bool:
         """Answer other ranks' requests; tell whether there were any. To be called all the time if `serves`."""
-        return self._reducer.serve() if isinstance(self._reducer, ElasticCenter) else False
+        if not isinstance(self._reducer, ElasticCenter):
+            return False
+        answered = self._reducer.serve()
+        if self._reducer.is_hopeless:
+            raise self._health.nobody_is_left()
+        return answered
 
     @property
     def serves(self) -> bool:
@@ -292,31 +263,85 @@ class Rounds:
         VOTING.wait([self._comm.iallgather(own.encode(), votes)], meanwhile=self.serve if self.serves else None)
         return ballot.count(votes, self.replica.fingerprint)
 
+    def _bad_in_a_row(self) -> int:
+        """Return how often the replica has had bad numbers, as far as is known; one that often has is looked at."""
+        if self._health.is_watched:
+            with self.lock:
+                steps = self._metrics.steps
+                self.replica.snapshot(self._snapshot)
+                self._health.examine(self.replica, self._snapshot, steps)
+        return self._health.bad_in_a_row
+
     def _round(self, weights: tuple[float, ...]) -> Staged:
         begun, spent, sent = time.monotonic(), time.thread_time(), self._reducer.bytes_sent
         fill = self._begin_snapshot()
         self._metrics.settle()  # a snapshot from a GPU has waited for the last merge by now
+        if isinstance(self._options.algorithm, ElasticAveraging) and self._examine_snapshot():
+            self._snapshot.fill_(math.nan)  # which is answered with the center, and does not move it
+        stage = Stage(self.replica, self._snapshot, self._how(), self._options.algorithm.alpha, self._suspect)
         sample: Tensor | None = None
-        squared = [0.0, 0.0]
         copy = self._begin_capture()
         for part, reduced in self._reducer.reduce(self._snapshot, weights, fill):
             if part.start == 0:
                 sample = self._snapshot[: min(SAMPLE, part.stop)].clone()
             for piece, values in self._weights_and_buffers(part, reduced):
                 anchor = self._update(piece, values)
+                if anchor is None:
+                    stage.leave_alone(piece)
+                    continue
                 if copy is not None:
                     copy.add(piece, anchor)
-                self._stage(piece, anchor, squared)
-        self._finish_capture(copy)
-        how = Merge.ADD if self._options.merge == "delta" else Merge.PULL
-        staged = self._staged(how, Verdict.ROUND, sample)
+                stage.add(piece, anchor)
+        self._finish_capture(copy if stage.is_whole else None)
+        if not stage.is_whole:
+            self._wanted = self._wanted or copy  # the next round is copied in place of this one
+        staged = self._staged(stage.how, Verdict.ROUND, None if stage.how is Merge.ASSIGN else sample)
+        staged.still = frozenset(stage.still)
+        staged.heals = self._settle_health(stage, counted=weights[self._comm.rank] > 0)
         took_s = time.monotonic() - begun
         self._last_cost_s = self._cost_s(took_s, time.thread_time() - spent)
         with self._metrics.lock:
             self._metrics.in_flight_s += took_s
             self._metrics.bytes_sent += self._reducer.bytes_sent - sent
-            self._metrics.distance = math.sqrt(squared[0] / squared[1]) if squared[1] > 0 else math.nan
+            self._metrics.distance = stage.distance()
+        self._health.watch_distance(self._metrics.distance, self._steps)
         return staged
+
+    def _how(self) -> Merge:
+        """Return how this round is merged: by its rule, or in place of a replica that has bad numbers."""
+        if self._health.bad is not None:
+            return Merge.ASSIGN
+        return Merge.ADD if self._options.merge == "delta" else Merge.PULL
+
+    def _settle_health(self, stage: Stage, *, counted: bool) -> bool:
+        """Take note of how the replica was in this round; tell whether its result heals it."""
+        if isinstance(self._reducer, ElasticCenter) and self._reducer.is_hopeless:
+            raise self._health.nobody_is_left()
+        if stage.how is Merge.ASSIGN and stage.is_whole:
+            self._health.note_healed()
+            return True
+        if self._health.bad is None and counted:
+            self._health.note_good(self._steps)
+        return False
+
+    def _suspect(self, part: slice) -> None:
+        self._health.examine(self.replica, self._snapshot, self._steps, part)
+
+    def _examine_snapshot(self) -> bool:
+        return self._health.examine(self.replica, self._snapshot, self._steps)
+
+    def _only_good(self, weights: Sequence[float]) -> tuple[float, ...]:
+        """Return `weights` without the ranks whose snapshots, just taken, have bad numbers (collective).
+
+        Raises:
+            ShadowSyncError: all have; raised on every rank.
+        """
+        bad = torch.empty(self._comm.size, dtype=torch.int64)
+        own = torch.tensor([self._examine_snapshot()], dtype=torch.int64)
+        self._poller.wait([self._comm.iallgather(own, bad)])
+        if bool(bad.all()):
+            raise self._health.nobody_is_left()
+        return ballot.weights_of(weights, bad.tolist())
 
     def _begin_snapshot(self) -> Fill:
         """Take the snapshot, or leave it to the reducer to take each slice just before it is on the wire."""
@@ -342,10 +367,13 @@ class Rounds:
         pieces = [slice(part.start, border), slice(border, part.stop)]
         return [(p, values[p.start - part.start : p.stop - part.start]) for p in pieces if p.stop > p.start]
 
-    def _update(self, piece: slice, reduced: Tensor) -> Tensor:
+    def _update(self, piece: slice, reduced: Tensor) -> Tensor | None:
+        """Return the anchor; None for weights that have none, because a replica had bad numbers there."""
         if piece.start >= self.replica.num_weights:
             return reduced
         anchor, state = self._options.algorithm.update(reduced, slices(self._state, piece))
+        if not all_finite(anchor):
+            return None
         self._keep(piece, state)
         return anchor
 
@@ -357,21 +385,9 @@ class Rounds:
         for start in range(0, self.replica.num_weights, STATE_CHUNK):
             yield slice(start, min(start + STATE_CHUNK, self.replica.num_weights))
 
-    def _stage(self, piece: slice, anchor: Tensor, squared: list[float]) -> None:
-        staged = self._snapshot[piece]
-        some = anchor[:DISTANCE_SAMPLE]
-        away = some - staged[:DISTANCE_SAMPLE]
-        squared[0] += float(torch.dot(away, away))
-        squared[1] += float(torch.dot(some, some))
-        if self._options.merge == "interpolate":
-            staged.copy_(anchor)
-            return
-        torch.sub(anchor, staged, out=staged)
-        if self._options.algorithm.alpha != 1:
-            staged.mul_(self._options.algorithm.alpha)
-
     def _consolidate(self, weights: tuple[float, ...]) -> Staged:
         self._take_snapshot()
+        weights = self._only_good(weights)
         self._average(weights)
         self._rebase_state(self._snapshot)
         self._reducer.rebase(self._snapshot)
@@ -379,7 +395,11 @@ class Rounds:
         if (copy := self._begin_capture()) is not None:
             copy.add(slice(0, self._snapshot.numel()), self._snapshot)
             self._finish_capture(copy)
-        return self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
+        staged = self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
+        if self._health.bad is not None:
+            self._health.note_healed()
+            staged.heals = True
+        return staged
 
     def _rebase_state(self, mean: Tensor) -> None:
         for part in self._weight_parts():
@@ -423,15 +443,16 @@ class Rounds:
         self.replica = self.wanted_replica
         self._allocate()
         self._take_snapshot()
+        weights = self._only_good((1.0,) * self._comm.size)
         start = self._snapshot.clone()
         self._poller.wait([self._comm.ibcast(start)])
         for segment in self.replica.segments:
             part = slice(segment.start, segment.stop)
             if segment.name in known:
                 start[part] = self._snapshot[part]
-        moves = start - self._snapshot
+        moves = (start - self._snapshot).masked_fill_(start == self._snapshot, 0.0)  # infinite buffers as well
         self._snapshot.copy_(start)
-        self._average((1.0,) * self._comm.size)
+        self._average(weights)
         self._set_anchor(self._snapshot)
         self._state = self._recalled(memory)
         self._snapshot.copy_(moves)

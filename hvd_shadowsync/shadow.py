@@ -18,7 +18,8 @@ from hvd_shadowsync.comm.poll import Poller, sleep_on_time
 from hvd_shadowsync.errors import RankLostError, ShadowSyncError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.pacing import Pacing
-from hvd_shadowsync.rounds import Errand, Met, Rounds, Staged
+from hvd_shadowsync.rounds import Errand, Met, Rounds
+from hvd_shadowsync.staged import Staged
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Driver(ABC):
         self.rounds, self.pacing, self.metrics = rounds, pacing, metrics
         self.ending: Callable[[], None] | None = None
         """Called now and then while the training thread waits in `meet` or `synchronize`; may raise, and end it."""
+        self.mend: Callable[[], None] | None = None
+        """Called in the training thread before live weights with bad numbers become the others'."""
 
     @abstractmethod
     def step_taken(self) -> None:
@@ -138,7 +141,7 @@ class Foreground(Driver):
         self._steps_at_round = self.metrics.steps
         if not isinstance(result, Staged):
             return result
-        merge_staged(result, self.metrics)
+        merge_staged(result, self.metrics, mend=self.mend)
         return result.verdict
 
 
@@ -262,9 +265,11 @@ class ShadowThread(Driver):
             ) from self._failure
         if self._staged is None:
             return
-        merge_staged(self._staged, self.metrics, hogwild=hogwild)
+        merge_staged(self._staged, self.metrics, hogwild=hogwild, mend=self.mend)
         if self._staged.verdict is Verdict.CONSOLIDATE:
             self._consolidations += 1
+        if self._staged.heals:
+            self._steps_at_round = self.metrics.steps  # the next round is to see what steps make of it
         self._staged = None
         self._wake.set()
 
@@ -364,7 +369,7 @@ class ShadowThread(Driver):
                 return
             self._wake.clear()
             self._staged = staged
-            if self._hogwild and self._intent is Intent.TRAIN:
+            if self._hogwild and self._intent is Intent.TRAIN and not staged.heals:  # the optimizer's state as well
                 self._merge_if_staged(hogwild=True)
                 return
             if staged.verdict is Verdict.CONSOLIDATE and self._intent in (Intent.CONSOLIDATE, Intent.END):
@@ -398,12 +403,17 @@ def serving_pauses(round_s: float) -> Poller:
     return replace(SERVING_PAUSES, longest_s=longest_s)
 
 
-def merge_staged(staged: Staged, metrics: RoundMetrics, *, hogwild: bool = False) -> None:
-    """Merge `staged` into the live weights and count it."""
+def merge_staged(
+    staged: Staged, metrics: RoundMetrics, *, hogwild: bool = False, mend: Callable[[], None] | None = None
+) -> None:
+    """Merge `staged` into the live weights and count it; `mend` is called before where it heals them."""
     begun = time.perf_counter()
+    if staged.heals and mend is not None:
+        mend()
     progress = staged.merge(hogwild=hogwild)
     with metrics.lock:
         metrics.merge_s += time.perf_counter() - begun
+        metrics.times_healed += staged.heals
         if staged.verdict is not Verdict.ROUND:
             return
         metrics.rounds += 1

@@ -13,6 +13,7 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
 from hvd_shadowsync.comm.tuning import EAGER_BYTES
+from hvd_shadowsync.finite import all_finite
 from hvd_shadowsync.reducers.base import CHUNK_BYTES, Fill, Reducer, Shards, Slices, as_it_is, pack
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -20,6 +21,8 @@ Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 REQUEST_BYTES = EAGER_BYTES // 2
 SHARE_OF_AN_EXCHANGE, LONGEST_CALLING_PAUSE_S = 0.01, 0.01
+HOPELESS = 3
+"""So many exchanges in a row that were refused to every rank are the end."""
 LARGEST_TAG = 32_767  # the smallest upper bound of tags that the MPI standard allows
 
 
@@ -27,7 +30,8 @@ class ElasticCenter(Reducer):
     """A center that each rank exchanges with on its own, slice by slice, answered by the owners' communicator threads.
 
     Rank r owns the r-th shard. `serve` has to be called all the time by the thread that owns this reducer, for the
-    others' exchanges; requests travel on `comm`, replies on `replies`.
+    others' exchanges; requests travel on `comm`, replies on `replies`. NaN and infinity do not move the center: they
+    are answered with it as it is.
 
     Args:
         comm, replies: used by this reducer alone.
@@ -54,6 +58,7 @@ class ElasticCenter(Reducer):
         self.center = anchor[self._shards.of(self._rank)].clone()
         chunk = max(1, chunk_bytes // anchor.element_size(), -(-anchor.numel() // (LARGEST_TAG - comm.size)))
         self._pieces = [piece for rank in range(comm.size) for piece in self._cut(rank, chunk)]
+        self._refused = [0] * comm.size
         self._service = Service(comm, replies, self._answer, anchor.new_empty(min(chunk, anchor.numel())), poller)
 
     @property
@@ -64,6 +69,11 @@ class ElasticCenter(Reducer):
     def serve(self) -> bool:
         """Answer the exchanges that have come in; tell whether there was anything to do."""
         return self._service.serve()
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether every rank has come with NaN several times in a row, each time after it was given the center."""
+        return min(self._refused) >= HOPELESS
 
     @property
     def idle(self) -> bool:
@@ -86,7 +96,7 @@ class ElasticCenter(Reducer):
         self._service.poller = pauses_for(self._poller, time.monotonic() - begun)
         for tag, (owner, piece) in enumerate(self._pieces):
             if owner == self._rank:
-                yield piece, self._exchange(tag, snapshot[piece])
+                yield piece, self._exchange(self._rank, tag, snapshot[piece])
 
     def _cut(self, rank: int, chunk: int) -> Iterator[tuple[int, slice]]:
         shard = self._shards.of(rank)
@@ -106,15 +116,26 @@ class ElasticCenter(Reducer):
         piece = self._pieces[tag][1]
         reply = buffer[: piece.stop - piece.start]
         self.bytes_sent += reply.nbytes
-        return reply.copy_(self._exchange(tag, reply))
+        return reply.copy_(self._exchange(source, tag, reply))
 
-    def _exchange(self, tag: int, replica: Tensor) -> Tensor:
+    def _exchange(self, source: int, tag: int, replica: Tensor) -> Tensor:
         piece = self._pieces[tag][1]
         center = self.center[piece.start - self.own.start : piece.stop - self.own.start]
-        moved, answer = self._rule(center, replica)
+        if piece.start == self.own.start:
+            self._refused[source] = self._refused[source] + 1 if bool(replica[0].isnan()) else 0
+        moved, answer = _exchanged(self._rule, center, replica)
         answer = answer.clone() if answer is center else answer
         center.copy_(moved)
         return answer
+
+
+def _exchanged(rule: Rule, center: Tensor, replica: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `rule` makes of the two; where that is NaN or infinity, the center twice."""
+    moved, answer = rule(center, replica)
+    if all_finite(moved):
+        return moved, answer
+    good = moved.isfinite()
+    return torch.where(good, moved, center), torch.where(good, answer, center)
 
 
 def gather_center(
@@ -185,7 +206,7 @@ class ElasticInTurn(Reducer):
     def _meet(self, piece: slice, replicas: Tensor, weights: Sequence[float]) -> None:
         center = self.center[piece.start - self.own.start : piece.stop - self.own.start]
         for replica, weight in zip(replicas[:, : center.numel()], weights, strict=True):
-            moved, answer = self._rule(center, replica)
+            moved, answer = _exchanged(self._rule, center, replica)
             replica.copy_(answer if weight else center)
             if weight:
                 center.copy_(moved)

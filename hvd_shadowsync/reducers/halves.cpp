@@ -107,9 +107,11 @@ void narrow_distance(const float* snapshot, const float* reference, uint16_t* ou
   for (int64_t start = 0; start < numel; start += BLOCK) {
     const int64_t count = std::min(BLOCK, numel - start);
     for (int64_t i = 0; i < count; ++i) {
-      const float exact = snapshot[start + i] - reference[start + i];  // comparisons let nan through
+      const float value = snapshot[start + i], known = reference[start + i];
+      const float exact = value == known ? 0.0f : value - known;  // comparisons let nan through
       const float above = -Half::LARGEST > exact ? -Half::LARGEST : exact;
-      distance[i] = Half::LARGEST < above ? Half::LARGEST : above;
+      const float below = Half::LARGEST < above ? Half::LARGEST : above;
+      distance[i] = value == known ? below : below + (value - value);  // nan, not the largest, for infinity
     }
     narrow<Half>(distance, out + start, count);
   }

@@ -35,6 +35,9 @@ def load() -> ctypes.CDLL | None:
 def narrow_distance(snapshot: Tensor, reference: Tensor, out: Tensor) -> None:
     """Write `snapshot - reference` to `out`, rounded to nearest even, what is too large as the largest finite number.
 
+    Equal values are 0 apart, infinite ones as well. Other infinity in the snapshot becomes nan: as a large finite
+    distance it would move the mean, and nobody would know.
+
     Args:
         snapshot, reference: flat, of the same length and dtype; nan stays nan.
         out: flat, of that length; its dtype is what travels.
@@ -46,7 +49,8 @@ def narrow_distance(snapshot: Tensor, reference: Tensor, out: Tensor) -> None:
         )
     else:
         largest = torch.finfo(out.dtype).max
-        out.copy_(torch.sub(snapshot, reference).clamp_(-largest, largest))
+        distance = torch.sub(snapshot, reference).clamp_(-largest, largest).add_(snapshot - snapshot)
+        out.copy_(distance.masked_fill_(snapshot == reference, 0.0))
 
 
 def mean_of_rows(rows: Tensor, weights: Sequence[float], out: Tensor, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.transfer import Transfer
+from hvd_shadowsync.finite import all_finite
 from hvd_shadowsync.reducers.base import Fill, Reducer, Slices, as_it_is, chunks
 from hvd_shadowsync.reducers.halves import add_widened, mean_of_rows, narrow_distance
 
@@ -214,10 +215,17 @@ class OwnerMean(ChunkedMean):
         if self._reference is None:
             yield part, values
         else:
-            known = self._reference[part]
-            add_widened(known, values)
-            yield part, known
+            yield part, self._moved(self._reference[part], values)
         self._spare.give(gathered)
+
+    @staticmethod
+    def _moved(known: Tensor, values: Tensor) -> Tensor:
+        """Return the reference moved by the mean distance; it stays where it is where that has bad numbers."""
+        if math.isfinite(float(values.sum())):
+            add_widened(known, values)
+            return known
+        moved = known + values.to(known.dtype)
+        return known.copy_(moved) if all_finite(moved) else moved
 
     def _known(self, snapshot: Tensor) -> Tensor:
         if self._reference is None or self._reference.numel() != snapshot.numel():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ONE_HOST, Job, Outcome, launch, mpirun
+
+from hvd_shadowsync.checkpointing import Checkpointer
 
 PROGRAMS = Path(__file__).parent / "programs"
 PROMPT_S = 10.0
@@ -102,6 +106,22 @@ def test_an_error_in_the_shadow_thread_that_the_script_reports_by_itself(tmp_pat
     outcome = run_case("shadow_thread_fails_and_the_script_exits", tmp_path)
     require_end(outcome, since="raised")
     assert outcome.errors.count("training failed: the shadow thread failed") == 1
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("case", ["all_replicas_get_bad", "all_replicas_of_a_center_get_bad"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_replicas_that_are_all_bad_end_the_job_before_the_last_good_checkpoint_is_overwritten(
+    case: str, ranks: int, tmp_path: Path
+) -> None:
+    outcome = run_case(case, tmp_path, ranks=ranks, timeout_s=150.0)
+    require_end(outcome)
+    for each in outcome.events("raised"):
+        assert re.search(rf"all replicas hold NaN or infinity: here \(rank {each['rank']}\) \S+ has NaN", each["text"])
+    latest = Checkpointer.latest(tmp_path / "checkpoints")
+    assert latest is not None
+    model = torch.load(latest / "model.pt", weights_only=True)["model"]
+    assert all(bool(each.isfinite().all()) for each in model.values())
 
 
 @pytest.mark.parametrize("case", ["trains_on", "waits_in_close"])

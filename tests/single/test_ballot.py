@@ -98,12 +98,29 @@ def test_one_rank_without_patience_is_enough(rank: int) -> None:
     assert not counted(*[Ballot(TRAIN, True, OLD)] * 3).gives_up
 
 
-def test_a_ballot_is_48_bytes_and_holds_a_fingerprint_whole() -> None:
-    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9, 8, True).encode()
+def test_a_ballot_is_56_bytes_and_holds_a_fingerprint_whole() -> None:
+    encoded = Ballot(CONSOLIDATE, True, 2**62 - 1, 9, 8, True, True).encode()
     assert encoded.dtype == torch.int64
-    assert encoded.nbytes == 48
-    assert encoded.tolist() == [2, 1, 2**62 - 1, 9, 8, 1]
+    assert encoded.nbytes == 56
+    assert encoded.tolist() == [2, 1, 2**62 - 1, 9, 8, 1, 1]
     assert encoded.numel() == NUM_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "all_bad"),
+    [
+        ([(True, 0), (True, 1), (True, 0)], (1.0, 0.0, 1.0), False),
+        ([(True, 1), (True, 1)], (1.0, 1.0), True),
+        ([(True, 2), (False, 0)], (0.0, 1.0), False),
+        ([(True, 3), (False, 0)], (0.0, 1.0), True),
+        ([(True, 3), (True, 2), (False, 0)], (0.0, 0.0, 1.0), False),
+        ([(False, 9), (False, 0)], (0.0, 1.0), False),
+    ],
+)
+def test_bad_replicas_weigh_nothing(given: list[tuple[bool, int]], weights: tuple[float, ...], all_bad: bool) -> None:
+    """Those of ranks without data heal the others, unless it does not help."""
+    found = counted(*(Ballot(TRAIN, counts, OLD, bad=bad) for counts, bad in given))
+    assert (found.weights, found.all_bad) == (weights, all_bad)
 
 
 @hypothesis.given(given=strategies.lists(ballots, min_size=1, max_size=5))

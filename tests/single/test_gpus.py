@@ -32,7 +32,7 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
 from hvd_shadowsync.gpus import PageLock
 from hvd_shadowsync.replica import Merge, NamedTensor, Replica
-from hvd_shadowsync.rounds import Staged
+from hvd_shadowsync.staged import Staged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

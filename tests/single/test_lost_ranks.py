@@ -32,7 +32,8 @@ from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.embedding import SGD
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.replica import NamedTensor, Replica
-from hvd_shadowsync.rounds import RoundOptions, Rounds, Staged
+from hvd_shadowsync.rounds import RoundOptions, Rounds
+from hvd_shadowsync.staged import Staged
 
 ALGORITHMS = [ModelAveraging(), ElasticAveraging(), BMUF(block_momentum=0.2, nesterov=True)]
 DRIVERS: list[dict[str, Any]] = [{"sync_every": 1}, {"sync_every": 1, "foreground": True}]

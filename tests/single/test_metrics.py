@@ -30,6 +30,7 @@ KEYS = [
     "chunks_in_flight",
     "pause_ms",
     "searching",
+    "times_healed",
     "ranks_lost",
     "recovery_ms",
 ]

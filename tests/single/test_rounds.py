@@ -25,7 +25,8 @@ from hvd_shadowsync.errors import ReplicaMismatchError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.reduction import RoundOptions
 from hvd_shadowsync.replica import Merge, NamedTensor, Replica
-from hvd_shadowsync.rounds import Rounds, Staged
+from hvd_shadowsync.rounds import Rounds
+from hvd_shadowsync.staged import Staged
 
 TRAIN, MEET, CONSOLIDATE, LEAVE, END = Intent
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hvd_shadowsync import BMUF, ElasticAveraging, ModelAveraging, ShadowSync, ShadowSyncError
 from hvd_shadowsync.algorithms import Algorithm
+from hvd_shadowsync.checkpointing import Checkpointer
 
 RANK, LAST = ranks.RANK, ranks.SIZE - 1
 BROKEN = "the data of this rank are broken"
@@ -281,6 +282,27 @@ def shadow_thread_fails_and_the_script_exits() -> None:
     except RuntimeError as error:
         print(f"training failed: {error}", file=sys.stderr)
         sys.exit(5)
+
+
+# --- all replicas bad -----------------------------------------------------------------------------------------------
+
+
+def all_replicas_get_bad(*, waits: bool = True, **options: Any) -> None:
+    """Gradients are NaN on all ranks from a step on; the script does nothing about it, but saves now and then."""
+    job, sync = wrapped(**options)
+    checkpointer = Checkpointer(ranks.FOLDER / "checkpoints", job.model, sync, every_steps=1)
+    job.steps(20)
+    assert checkpointer.save_now() is not None
+    next(job.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with raised_in_step():
+        if waits and RANK == LAST:
+            job.steps(40)
+            sync.synchronize()
+        job.on()
+
+
+def all_replicas_of_a_center_get_bad() -> None:
+    all_replicas_get_bad(waits=False, algorithm=ElasticAveraging())
 
 
 # --- ended from outside ---------------------------------------------------------------------------------------------

@@ -138,13 +138,14 @@ def test_every_half_and_what_lies_between_two_is_rounded_as_torch_does(library: 
 
 
 @wires
-def test_what_is_too_large_is_cut_and_nan_stays(library: ctypes.CDLL, wire: torch.dtype) -> None:
+def test_what_is_too_large_is_cut_and_infinity_is_nan(library: ctypes.CDLL, wire: torch.dtype) -> None:
     inf, nan, largest = float("inf"), float("nan"), torch.finfo(wire).max
-    snapshot = torch.tensor([3e38, -3e38, inf, -inf, nan, inf, 0.0, -0.0, 1e-45])
-    reference = torch.tensor([-3e38, 3e38, 0.0, 0.0, 0.0, inf, -0.0, 0.0, 0.0])
+    snapshot = torch.tensor([3e38, -3e38, 2.0, inf, -inf, nan, inf, -inf, 0.0, -0.0, 1e-45])
+    reference = torch.tensor([-3e38, 3e38, -inf, 0.0, inf, 0.0, inf, -inf, -0.0, 0.0, 0.0])
     found = distance(library, snapshot, reference, wire)
-    assert found[:4].tolist() == [largest, -largest, largest, -largest]
-    assert found[4:6].isnan().all()
+    assert found[:3].tolist() == [largest, -largest, largest]
+    assert found[3:6].isnan().all()
+    assert found[6:10].tolist() == [0.0] * 4
     assert_same_bits(found, distance(None, snapshot, reference, wire))
 
 
