@@ -24,9 +24,11 @@ FINALIZE_S = 5
 _LOST: set[int] = set()
 
 
-def note_lost(ranks: Iterable[int]) -> None:
-    """Take note that ranks of the job are lost."""
-    _LOST.update(ranks)
+def note_lost(ranks: Iterable[int]) -> list[int]:
+    """Take note that ranks of the job are lost; return those of which that was not known."""
+    new = sorted(set(ranks) - _LOST)
+    _LOST.update(new)
+    return new
 
 
 def end_well() -> None:
