@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 
 VARIABLE = "SHADOWRUN_WANTS_ENDINGS"
 """Set for ranks that are to say how they ended."""
+RANK_VARIABLE = "OMPI_COMM_WORLD_RANK"
+SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
+"""The process that is a rank: programs that it starts have its environment, and import this as well, but are none."""
 LINE = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 
 FINALIZE_S = 5
@@ -33,15 +36,17 @@ def note_lost(ranks: Iterable[int]) -> list[int]:
 
 def end_well() -> None:
     """When the interpreter ends, let this rank say how it did, on stderr, if that is wanted; and end in time."""
+    if os.environ.get(VARIABLE) and RANK_VARIABLE in os.environ:  # else between shadowrun and the ranks
+        os.environ.setdefault(SPEAKER_VARIABLE, str(os.getpid()))
     atexit.register(_end, os.getpid())
 
 
 def _end(pid: int) -> None:
     if pid != os.getpid():  # forked from a rank
         return
-    if os.environ.get(VARIABLE):
+    if os.environ.get(SPEAKER_VARIABLE) == str(pid):
         lost = " ".join(map(str, sorted(_LOST))) or "none"
-        sys.stderr.write(f"hvd_shadowsync: rank {os.environ.get('OMPI_COMM_WORLD_RANK', '0')} ended; lost: {lost}\n")
+        sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}\n")
         sys.stderr.flush()
     if _LOST:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
