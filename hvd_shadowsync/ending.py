@@ -23,6 +23,8 @@ LINE = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 
 FINALIZE_S = 5
 """How long MPI_Finalize may take where ranks were lost: then this one ends by SIGALRM, which harms no other."""
+UNNOTICED_S = 30
+"""The same where no rank is known to be lost: one may be, since the others have ceased to look."""
 
 _LOST: set[int] = set()
 
@@ -44,13 +46,14 @@ def end_well() -> None:
 def _end(pid: int) -> None:
     if pid != os.getpid():  # forked from a rank
         return
-    if os.environ.get(SPEAKER_VARIABLE) == str(pid):
+    is_speaker = os.environ.get(SPEAKER_VARIABLE) == str(pid)
+    if is_speaker:
         lost = " ".join(map(str, sorted(_LOST))) or "none"
         sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}\n")
         sys.stderr.flush()
-    if _LOST:
+    if _LOST or is_speaker:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(FINALIZE_S)
+        signal.alarm(FINALIZE_S if _LOST else UNNOTICED_S)
 
 
 @dataclass

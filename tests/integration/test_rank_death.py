@@ -6,6 +6,7 @@ The places are those of `programs/deaths.py`; nothing here depends on when somet
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 from launching import ONE_HOST, Outcome, find_mpi, launch
 
-from hvd_shadowsync import Checkpointer, checkpoint
+from hvd_shadowsync import Checkpointer, checkpoint, emulated
+from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.run import LOST_CODE
 
 PROGRAM = Path(__file__).parent / "programs" / "deaths.py"
@@ -34,12 +36,16 @@ def fault(rank: int, place: str, at: int = 1, how: str = "SIGKILL") -> Fault:
     return {"rank": rank, "place": place, "at": at, "how": how}
 
 
-def run(ranks: int, faults: list[Fault], folder: Path, *, strict: bool = False, **options: Any) -> Outcome:
+def run(
+    ranks: int, faults: list[Fault], folder: Path, *, strict: bool = False, hosts: int = 1, **options: Any
+) -> Outcome:
     """Run the job to its end; fail if it hung, where the ranks were, or if it left processes behind."""
     start = [sys.executable, "-m", "hvd_shadowsync.run", "-np", str(ranks), "--fault-tolerant"]
-    command = [*start, *(["--strict"] if strict else []), "python", str(PROGRAM)]
+    more = ["--emulated", str(hosts)] if hosts > 1 else []
+    command = [*start, *more, *(["--strict"] if strict else []), "python", str(PROGRAM)]
     told = json.dumps({"faults": faults, **options})
-    outcome = launch([*command, told], folder / "job", timeout_s=TIMEOUT_S, environ=ONE_HOST)
+    environ = ONE_HOST if hosts == 1 else {}
+    outcome = launch([*command, told], folder / "job", timeout_s=TIMEOUT_S, environ=environ)
     assert not outcome.verdict, outcome.verdict + outcome.text
     assert outcome.left_over == [], outcome.text
     died = {(each["rank"], each["what"]) for each in outcome.events("dies")}
@@ -64,12 +70,12 @@ def require_survival(
     return left
 
 
-def require_named(outcome: Outcome, dead: set[int]) -> None:
+def require_named(outcome: Outcome, dead: set[int], host: str | None = None) -> None:
     """Fail unless the log names the dead ranks and their host."""
     named = re.findall(r"WARNING lost (.*); the other \d go on", outcome.errors)
     lost = {int(rank) for each in named for rank in re.findall(r"rank (\d+)", each)}
     assert lost == dead, outcome.errors
-    assert all(f"on {platform.node()}" in each for each in named)
+    assert all(f"on {host or platform.node()}" in each for each in named)
 
 
 # --- one rank, killed somewhere -------------------------------------------------------------------------------------
@@ -198,3 +204,35 @@ def test_rows_of_sharded_tables_that_are_lost_end_the_job(tmp_path: Path) -> Non
     outcome = run(3, [fault(1, "step", 15)], tmp_path, tables=True)
     assert outcome.code not in (0, None)
     assert re.search("EmbeddingError: a rank was lost .* start the job again from its last checkpoint", outcome.errors)
+
+
+# --- several hosts --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _several_hosts() -> None:
+    try:
+        code = emulated.run(emulated.Network(2), [sys.executable, "-c", ""], os.environ)
+    except LaunchError as error:
+        pytest.skip(str(error))
+    assert code == 0
+
+
+@pytest.mark.usefixtures("_several_hosts")
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_of_one_of_several_hosts_is_killed(victim: int, tmp_path: Path) -> None:
+    """The first of its host, which goes on the network for it; rounds between two hosts, then between three ranks."""
+    faults = [fault(victim, "update", 3)]
+    outcome = run(4, faults, tmp_path, hosts=2, width=200_000)
+    require_survival(outcome, 4, faults)
+    require_named(outcome, {victim}, emulated.Network(2).address(victim // 2))
+
+
+@pytest.mark.usefixtures("_several_hosts")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_is_lost_with_its_daemon_ends_the_job(victim: int, tmp_path: Path) -> None:
+    """Open MPI 5.0's launcher does not go on without one of its daemons, nor ranks without it; the code is not 0."""
+    outcome = run(3, [fault(victim, "step", 15, "host")], tmp_path, hosts=3)
+    assert outcome.code not in (0, None), outcome.text
+    assert outcome.events("ended") == []
+    assert "no rank came to its end" in outcome.errors

@@ -70,6 +70,8 @@ def die(how: str) -> NoReturn:
         raise RuntimeError("the data of this rank are broken")
     if how == "segmentation fault":
         ctypes.string_at(0)
+    if how == "host":
+        os.kill(os.getppid(), signal.SIGKILL)  # Open MPI's daemon there, or mpirun itself
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("not reached")
 
