@@ -216,7 +216,7 @@ class Job:
         if kind in ("kill in a write", "exception"):
             killed |= {each["rank"] for each in self.events("fails")}
         dead = killed - set(ended)
-        if self.code not in (codes := self.right_codes(dead, ended)):
+        if self.code not in (codes := self.right_codes(killed, ended)):
             wrong.append(f"exit code {self.code} instead of {' or '.join(map(str, codes))}")
         if kind == "exception" and self.code == 1:
             return wrong  # before the rounds had begun
@@ -231,18 +231,20 @@ class Job:
             wrong.append(f"the replicas differ after synchronize(): {[each['digest'][:8] for each in left]}")
         return wrong
 
-    def right_codes(self, dead: set[int], ended: dict[int, Record]) -> list[int]:
+    def right_codes(self, killed: set[int], ended: dict[int, Record]) -> list[int]:
+        """Return the codes that are right; several where a rank was killed between its end and what it says of it."""
         kind, size = self.fault["kind"], self.settings["size"]
         if kind == "exit" and self.events("fails"):
             return [self.fault["code"]]
         if kind == "exception" and self.settings["warmup_steps"] > self.fault["step"]:
             return [1]  # an exception before the rounds begin ends the whole job
-        if len(dead) == size:
+        if len(killed - set(ended)) == size:
             return [1]
-        if not self.settings["strict"]:
-            return [0]
-        noticed = [each for each in ended.values() if each["lost"]]
-        return [LOST_CODE] if noticed else [0, LOST_CODE] if dead else [0]
+        codes = [0, 1] if len(killed) == size else [0]
+        if not self.settings["strict"] or not killed:
+            return codes
+        noticed = [each for each in ended.values() if each["lost"]] or killed - set(ended)
+        return [LOST_CODE, *codes[1:]] if noticed else [*codes, LOST_CODE]
 
     def wrong_checkpoints(self) -> list[str]:
         """Return what is wrong with the newest checkpoint."""

@@ -129,11 +129,12 @@ def test_a_rank_is_killed_in_close(tmp_path: Path) -> None:
     require_named(outcome, {2})
 
 
-def test_a_rank_is_killed_at_its_exit(tmp_path: Path) -> None:
-    """It has said that it has ended, and nobody misses it."""
+def test_a_rank_is_killed_in_mpi_finalize(tmp_path: Path) -> None:
+    """The others are through and do not notice; shadowrun does."""
     faults = [fault(1, "finalize")]
     outcome = run(3, faults, tmp_path, strict=True, lost=0)
-    require_survival(outcome, 3, faults, lost=0)
+    require_survival(outcome, 3, faults, lost=0, code=LOST_CODE)
+    assert "shadowrun: lost ranks: 1; 2 came to their end" in outcome.errors
 
 
 # --- rank 0 ---------------------------------------------------------------------------------------------------------
