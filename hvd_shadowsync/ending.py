@@ -19,41 +19,52 @@ from hvd_shadowsync import rank
 
 VARIABLE = "SHADOWRUN_WANTS_ENDINGS"
 """Set for ranks that are to say how they ended."""
+RANK_VARIABLE = "OMPI_COMM_WORLD_RANK"
+SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
+"""The process that is a rank: programs that it starts have its environment, and import this as well, but are none."""
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before MPI was initialised; code: (-?\d+)\n")
 
 FINALIZE_S = 5
 """How long MPI_Finalize may take where ranks were lost: then this one ends by SIGALRM, which harms no other."""
+UNNOTICED_S = 30
+"""The same where no rank is known to be lost: one may be, since the others have ceased to look."""
 
 _LOST: set[int] = set()
 
 
-def note_lost(ranks: Iterable[int]) -> None:
-    """Take note that ranks of the job are lost."""
-    _LOST.update(ranks)
+def note_lost(ranks: Iterable[int]) -> list[int]:
+    """Take note that ranks of the job are lost; return those of which that was not known."""
+    new = sorted(set(ranks) - _LOST)
+    _LOST.update(new)
+    return new
 
 
 def note_started() -> None:
     """Let the process that has started this one know that MPI is initialised, on all ranks."""
-    _say(rank.STARTED)
+    if os.environ.get(SPEAKER_VARIABLE) == str(os.getpid()):
+        _say(rank.STARTED)
 
 
 def end_well() -> None:
     """When the interpreter ends, let this rank say how it did, on stderr, if that is wanted; and end in time."""
+    if os.environ.get(VARIABLE) and RANK_VARIABLE in os.environ:  # else between shadowrun and the ranks
+        os.environ.setdefault(SPEAKER_VARIABLE, str(os.getpid()))
     atexit.register(_end, os.getpid())
 
 
 def _end(pid: int) -> None:
     if pid != os.getpid():  # forked from a rank
         return
-    _say(rank.ENDED)
-    if os.environ.get(VARIABLE):
+    is_speaker = os.environ.get(SPEAKER_VARIABLE) == str(pid)
+    if is_speaker:
+        _say(rank.ENDED)
         lost = " ".join(map(str, sorted(_LOST))) or "none"
-        sys.stderr.write(f"hvd_shadowsync: rank {os.environ.get('OMPI_COMM_WORLD_RANK', '0')} ended; lost: {lost}\n")
+        sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}\n")
         sys.stderr.flush()
-    if _LOST:
+    if _LOST or is_speaker:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(FINALIZE_S)
+        signal.alarm(FINALIZE_S if _LOST else UNNOTICED_S)
 
 
 def _say(what: bytes) -> None:

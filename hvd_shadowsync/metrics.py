@@ -40,8 +40,8 @@ class RoundMetrics:
     | pause_ms | longest pause between two looks at them; nan likewise |
     | searching | 1 while rounds still try what to choose for these three, 0 then |
     | times_healed | how often this rank's replica had NaN or infinity and took over the others' numbers |
-    | ranks_lost | ranks that were lost, and that the others go on without |
-    | recovery_ms | how long it has taken the communicator thread, in all, to be without them |
+    | ranks_lost | ranks that were lost since the handle's construction, and that the others go on without |
+    | recovery_ms | how long it has taken, in all, to be without them |
     """
 
     steps: int = 0
@@ -88,6 +88,11 @@ class RoundMetrics:
                 "ranks_lost": self.ranks_lost,
                 "recovery_ms": 1000 * self.recovery_s,
             }
+
+    def note_lost(self, ranks_lost: int, recovery_s: float) -> None:
+        """Take note of how many ranks are lost by now, and of how long it has taken, in all, to be without them."""
+        with self.lock:
+            self.ranks_lost, self.recovery_s = ranks_lost, recovery_s
 
     def settle(self) -> None:
         """Find out what the last merge kept; not at the merge, which would wait for a GPU then."""

@@ -165,7 +165,8 @@ class ShadowSync:
         self._closed = self._paused = self._started = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
-        self._ranks = _survivors(mpi.world() if communicator is None else communicator.dup())
+        comm = mpi.world() if communicator is None else communicator.dup()
+        self._ranks = _survivors(comm, self._metrics.note_lost)
         self._alone = self.size == 1
         self._warmup = Warmup(self._ranks, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
         self._groups = _group_sizes(optimizer)
@@ -683,9 +684,9 @@ def _everyones(value: Any) -> Errand:
     return lambda comm: comm.allgather_object(value)
 
 
-def _survivors(comm: Communicator) -> Survivors:
+def _survivors(comm: Communicator, on_loss: Callable[[int, float], None]) -> Survivors:
     """Return the ranks of `comm` under the names that messages call them by (collective)."""
-    ranks = Survivors(comm)
+    ranks = Survivors(comm, on_loss)
     if comm.outlives_ranks:
         ranks.hosts = dict(ranks.together(_everyones((comm.members[comm.rank], platform.node()))))
     return ranks

@@ -167,8 +167,6 @@ class Rounds:
         with self.lock:
             self._ranks.go_on(self._reform)
             self._idle_rounds, self._last_cost_s, self._mismatch_since, self._consolidated_at = 0, None, None, -1
-        with self._metrics.lock:
-            self._metrics.ranks_lost, self._metrics.recovery_s = len(self._ranks.lost), self._ranks.recovery_s
 
     def _reform(self, comm: Communicator) -> None:
         self._reduction = Reduction(comm, self.replica, self._options, self._metrics, self._poller)

@@ -342,21 +342,23 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
             told = _signal_group(child.pid, signal.SIGTERM)
 
 
-def _judge(code: int, endings: Endings, *, strict: bool) -> int:
-    """Return the exit code of a job that outlives its ranks, where its launcher's is `code`; say what was lost."""
-    if endings.lost:
-        lost = ", ".join(map(str, sorted(endings.lost)))
-        print(f"shadowrun: lost ranks: {lost}; {len(endings.ended)} came to their end", file=sys.stderr)
+def _judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
+    """Return the exit code of a job that outlives its ranks, where its launcher's is `code`; say what was lost.
+
+    Lost is also who was there when the others left, and did not come to its own end.
+    """
     if endings.never_began is not None:
         rank, own = endings.never_began
         print(f"shadowrun: rank {rank} ended with code {own} before MPI was initialised: the job ends", file=sys.stderr)
         return own if own > 0 else 128 - own
-    if code:
-        return code
+    lost = endings.lost | (set(range(size)) - endings.ended)
     if not endings.ended:
         print("shadowrun: no rank came to its end (or none imports hvd_shadowsync)", file=sys.stderr)
-        return 1
-    return LOST_CODE if strict and endings.lost else 0
+        return code or 1
+    if lost:
+        listed = ", ".join(map(str, sorted(lost)))
+        print(f"shadowrun: lost ranks: {listed}; {len(endings.ended)} came to their end", file=sys.stderr)
+    return code or (LOST_CODE if strict and lost else 0)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
@@ -405,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environ = {**os.environ, **additions}
     if launch.outlives_ranks:
         endings = Endings()
-        return _judge(supervise(command, environ, endings), endings, strict=options.strict)
+        return _judge(supervise(command, environ, endings), launch.size, endings, strict=options.strict)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     os.execvpe(command[0], command, environ)

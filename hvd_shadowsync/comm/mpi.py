@@ -77,7 +77,11 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
         with _noticing():
             left = everyone.Shrink()  # a copy of the world, but for ranks that are lost already
         members = _members(mpi, left, everyone, range(everyone.size))
-        note_lost(set(range(everyone.size)) - set(members))
+        if gone := note_lost(set(range(everyone.size)) - set(members)):
+            logger.log(
+                logging.WARNING if left.rank == 0 else logging.INFO,
+                "lost rank %s before there was a handle; the other %d go on", ", ".join(map(str, gone)), left.size,
+            )  # fmt: skip
         return MpiCommunicator(left, members, outlives_ranks=True)
     if not set(ranks) <= set(range(everyone.size)) or everyone.rank not in ranks:
         raise ValueError(

@@ -24,10 +24,13 @@ class Survivors:
 
     Args:
         comm: over all ranks; freed by `free`.
+        on_loss: called after each loss, with the number of ranks lost so far and the seconds that it has taken, in all,
+            to be without them; in the thread that uses the communicator.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, on_loss: Callable[[int, float], None] = lambda *_: None) -> None:
         self.comm = comm
+        self._on_loss = on_loss
         self._everyone = comm.members
         self._failed = False
         self.hosts: dict[int, str] = {}
@@ -88,6 +91,7 @@ class Survivors:
         took_s = time.monotonic() - begun
         self.recovery_s += took_s
         note_lost(self.lost)
+        self._on_loss(len(self.lost), self.recovery_s)
         if gone := [self._name(number) for number in before if number not in self.comm.members]:
             logger.log(
                 logging.WARNING if self.comm.rank == 0 else logging.INFO,

@@ -1,4 +1,4 @@
-"""The comparison in its smallest setting, as real jobs of two ranks on this host."""
+"""The comparison, faults and the soak in their smallest settings, as real jobs on this host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import Outcome, find_horovodrun, find_mpi, launch
+from launching import ONE_HOST, Outcome, find_horovodrun, find_mpi, launch, mpirun
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHORT = ["--networks", "loopback", "--repeats", "1", "--seconds", "0.3", "--warmup", "0.1"]
@@ -128,3 +128,31 @@ def test_contenders_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     assert outcome.code == 2
     assert outcome.errors.startswith("compare.py: --contenders 'nobody' names none; there are 'none', ")
     assert "Traceback" not in outcome.errors
+
+
+@pytest.mark.timeout(150)
+def test_a_short_campaign_of_faults(tmp_path: Path) -> None:
+    _require_ulfm()
+    results = tmp_path / "faults.json"
+    line = [sys.executable, str(BENCHMARKS / "faults.py"), "--jobs", "2", "--seed", "3", "--kinds", "kill two"]
+    outcome = launch([*line, "--json", str(results)], tmp_path / "job", timeout_s=115.0).require_success()
+    assert [each["seed"] for each in json.loads(results.read_text())["jobs"]] == [3, 4]
+    assert outcome.output.splitlines()[-1] == "| **all** | 2 | 0 | 0 | 0 | 0 |"
+
+
+@pytest.mark.timeout(200)
+def test_a_short_soak(tmp_path: Path) -> None:
+    results = tmp_path / "soak.json"
+    line = [*mpirun(2), sys.executable, str(BENCHMARKS / "soak.py"), "--minutes", "0.1", "--json", str(results)]
+    launch(line, tmp_path / "job", timeout_s=150.0, environ=ONE_HOST).require_success()
+    cases = json.loads(results.read_text())["cases"]
+    assert [each["case"] for each in cases] == ["S-MA", "S-MA fp16", "S-BMUF", "S-EASGD", "FR-MA"]
+    for rank in [rank for each in cases for rank in each["ranks"]]:
+        assert rank["rounds"] > 0
+        assert rank["warm"]["threads"] == rank["end"]["threads"]
+
+
+def _require_ulfm() -> None:
+    mpi = find_mpi()
+    if mpi.kind != "openmpi" or mpi.version < (5,):
+        pytest.skip(f"needs Open MPI 5; {mpi.mpirun} is of {mpi.kind} {'.'.join(map(str, mpi.version))}")

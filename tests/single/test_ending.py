@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hvd_shadowsync import rank, run
+from hvd_shadowsync import ending, rank, run
 from hvd_shadowsync.ending import Endings
 
 SAY = f"import os; os.write(int(os.environ[{rank.DESCRIPTOR!r}]), b%r); "
@@ -94,18 +94,47 @@ def test_what_ranks_say_is_taken_out_of_their_lines() -> None:
     assert (endings.ended, endings.lost, endings.never_began) == ({0, 3}, {1, 12}, (4, -9))
 
 
+STARTS_ANOTHER = """
+import subprocess, sys
+import hvd_shadowsync.ending
+subprocess.run([sys.executable, "-c", "import hvd_shadowsync.ending"], check=True)
+print("done", flush=True, file=sys.stderr)
+"""
+RANK = {ending.VARIABLE: "1", ending.RANK_VARIABLE: "2"}
+
+
+def said_by(code: str, environ: dict[str, str]) -> str:
+    own = {name: value for name, value in os.environ.items() if name not in (*RANK, ending.SPEAKER_VARIABLE)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**own, **environ}, capture_output=True, text=True, check=True, timeout=TIMEOUT_S
+    )
+    return done.stderr
+
+
+def test_a_rank_says_how_it_ended_and_a_program_that_it_starts_does_not() -> None:
+    assert said_by(STARTS_ANOTHER, RANK) == "done\nhvd_shadowsync: rank 2 ended; lost: none\n"
+
+
+def test_what_is_no_rank_says_nothing() -> None:
+    """Such as the processes between shadowrun and the ranks on emulated hosts."""
+    assert said_by("import hvd_shadowsync.ending", {ending.VARIABLE: "1"}) == ""
+    assert said_by("import hvd_shadowsync.ending", {ending.RANK_VARIABLE: "2"}) == ""
+
+
 @pytest.mark.parametrize(
     ("code", "endings", "strict", "judged"),
     [
-        (0, Endings({0, 1}), False, 0),
-        (0, Endings({0, 1}), True, 0),
-        (0, Endings({0}, {1}), False, 0),
-        (0, Endings({0}, {1}), True, run.LOST_CODE),
+        (0, Endings({0, 1, 2}), True, 0),
+        (0, Endings({0, 1}, {2}), False, 0),
+        (0, Endings({0, 1}, {2}), True, run.LOST_CODE),
+        (0, Endings({0, 1}), True, run.LOST_CODE),  # the last one was killed when the others had left
+        (7, Endings({0, 1}, {2}), True, 7),
         (0, Endings(), False, 1),
-        (5, Endings({0}, {1}), True, 5),
+        (137, Endings(), False, 137),
         (143, Endings(never_began=(1, 3)), False, 3),
         (143, Endings(never_began=(1, -9)), False, 137),
     ],
 )
 def test_the_exit_code_of_a_job_that_outlives_its_ranks(code: int, endings: Endings, strict: bool, judged: int) -> None:
-    assert run._judge(code, endings, strict=strict) == judged
+    assert run._judge(code, 3, endings, strict=strict) == judged

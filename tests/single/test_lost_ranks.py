@@ -112,7 +112,7 @@ class Rank:
         self.weights, self.metrics = weights.clone(), RoundMetrics()
         options = RoundOptions(algorithm, foreground=True)
         replica = Replica([NamedTensor("weights", self.weights)])
-        self.rounds = Rounds(Survivors(comm), replica, options, self.metrics, Poller())
+        self.rounds = Rounds(Survivors(comm, self.metrics.note_lost), replica, options, self.metrics, Poller())
 
     def round(self, intent: Intent = Intent.TRAIN) -> None:
         result = self.rounds.run(intent, 1)
