@@ -92,7 +92,7 @@ def require_named(outcome: Outcome, dead: set[int], host: str | None = None) -> 
         ("update", 3, 3, {"half": True, "algorithm": "S-BMUF"}),
         ("update", 4, 3, {"algorithm": "S-EASGD"}),
         ("update", 3, 2, {"width": 300_000}),
-        ("merge", 3, 3, {"apply": "hogwild"}),
+        ("merge", 3, 2, {"apply": "hogwild"}),
         ("synchronize", 1, 3, {}),
         ("synchronize", 1, 3, {"algorithm": "S-EASGD", "foreground": True}),
         ("gather", 1, 3, {"algorithm": "S-EASGD"}),

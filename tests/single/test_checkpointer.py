@@ -406,7 +406,8 @@ def test_nan_and_infinity_never_take_the_place_of_a_good_one(where: str, value: 
         assert job.checkpointer.save_now() is None
         return job.checkpointer.last_error
 
-    found = on_checkpointers(2, tmp_path, use, keep=1)
+    size = 1 if where == "weights" else 2  # several replicas that are all bad are an error in save_now()
+    found = on_checkpointers(size, tmp_path, use, keep=1)
     assert "NaN or infinity; the earlier checkpoint stays" in found[0]
     assert names(tmp_path) == ["step-2"]
 
