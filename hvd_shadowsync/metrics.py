@@ -40,6 +40,7 @@ class RoundMetrics:
     | pause_ms | longest pause between two looks at them; nan likewise |
     | searching | 1 while rounds still try what to choose for these three, 0 then |
     | ranks_lost | ranks that were lost, and that the others go on without |
+    | gap_wait_ms | how long training has waited at `max_sync_gap`, in all |
     | recovery_ms | how long it has taken the communicator thread, in all, to be without them |
     """
 
@@ -59,6 +60,7 @@ class RoundMetrics:
     pause_ms: float = math.nan
     searching: bool = False
     ranks_lost: int = 0
+    gap_wait_s: float = 0.0
     recovery_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -83,6 +85,7 @@ class RoundMetrics:
                 "pause_ms": self.pause_ms,
                 "searching": float(self.searching),
                 "ranks_lost": self.ranks_lost,
+                "gap_wait_ms": 1000 * self.gap_wait_s,
                 "recovery_ms": 1000 * self.recovery_s,
             }
 

@@ -31,6 +31,7 @@ KEYS = [
     "pause_ms",
     "searching",
     "ranks_lost",
+    "gap_wait_ms",
     "recovery_ms",
 ]
 
