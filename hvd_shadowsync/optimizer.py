@@ -98,7 +98,8 @@ class ShadowSync:
         stall_timeout_s: after how many seconds ranks are given up that do not answer (stopped, or cut off), or that
             have taken no step for so long while a round waits for them: longer than any step, evaluation or
             checkpoint. A paused rank is not. Default None: never.
-        on_stall: what is done then. "end" (default): `StallError` on every rank that is there, and the job ends.
+        on_stall: what is done then. "end" (default): `StallError` on every rank that is there, and the job ends,
+            with `end_job_on_exception=False` as well.
             "drop": the missing ranks are ended (SIGKILL, by another rank of their host), and the others go on; for
             jobs that outlive their ranks.
         sparse_as_dense: leave gradients dense that were sparse before the warm-up averaged them; default False.
@@ -714,8 +715,8 @@ class ShadowSync:
             self._end_job_of_ranks()
 
     def _end_job_of_ranks(self) -> None:
-        """End all ranks: after an error here they would wait for this one for ever."""
-        if self._end_job and self._ranks.comm.spans_processes:
+        """End all ranks: after an error here they would wait for this one for ever, or for who is stopped."""
+        if (self._end_job or self._stalled is not None) and self._ranks.comm.spans_processes:
             mpi.end_job("synchronisation failed")
 
 

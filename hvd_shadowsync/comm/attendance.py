@@ -129,6 +129,7 @@ class _Stall:
     wait: Wait
     asks_at: float
     reports_at: float
+    asked: bool = False
 
 
 class Attendance:
@@ -274,14 +275,16 @@ class Attendance:
 
     def _look_after(self, stall: _Stall, now: float) -> None:
         peers = self._present()
+        if stall.asked and not any(self._is_thinking(each, now) for each in peers.values()):
+            self._judge(stall, peers, now)
         if now >= stall.asks_at:
-            stall.asks_at = now + self._rules.grace_s
+            stall.asked, stall.asks_at = True, now + self._rules.grace_s
             for rank, peer in peers.items():
                 peer.owes_since = now if peer.owes_since is None else peer.owes_since
                 self._send(rank, kind="ask", word=astuple(self._whereabouts.word()))
-            return
-        if any(each.owes_since is not None and not self._is_silent(each, now) for each in peers.values()):
-            return
+
+    def _judge(self, stall: _Stall, peers: dict[int, _Peer], now: float) -> None:
+        """Report and decide, once every rank has answered or has had the time to."""
         missing = {rank: each for rank, each in peers.items() if self._is_missing(each, now)}
         if now >= stall.reports_at:
             stall.reports_at = now + (now - stall.wait.since)
@@ -290,6 +293,9 @@ class Attendance:
             stalled = {rank: each for rank, each in missing.items() if self._is_stalled(each, stall, now)}
             if stalled:
                 self._give_up(stalled, now)
+
+    def _is_thinking(self, peer: _Peer, now: float) -> bool:
+        return peer.owes_since is not None and not self._is_silent(peer, now)
 
     def _is_silent(self, peer: _Peer, now: float) -> bool:
         return peer.owes_since is not None and now - peer.owes_since >= self._rules.grace_s
@@ -341,13 +347,12 @@ class Attendance:
     # --- giving ranks up ----------------------------------------------------------------------------------------------
 
     def _give_up(self, stalled: dict[int, _Peer], now: float) -> None:
-        where = "; ".join(self._where(each, now) for each in stalled.values())
-        why = f"held up for {self._rules.timeout_s:g} s (stall_timeout_s) by {where}"
+        held_up = f"held up for {self._rules.timeout_s:g} s (stall_timeout_s) by"
         if self._rules.on_stall == "end":
-            self._end_everywhere(why)
+            self._end_everywhere(f"{held_up} {'; by '.join(self._where(each, now) for each in stalled.values())}")
             return
         for rank, peer in stalled.items():
-            self._drop(rank, peer, why, now)
+            self._drop(rank, peer, f"{held_up} {self._where(peer, now)}", now)
 
     def _drop(self, rank: int, peer: _Peer, why: str, now: float) -> None:
         """Have a rank ended by one that can: itself, if it answers, or another one of its host."""
@@ -379,7 +384,7 @@ class Attendance:
 
     def _end_process(self, rank: int, why: str) -> bool:
         person = self._own if rank == self._comm.rank else self._peers[rank].person
-        logger.warning("%s is ended; %s", person, why)
+        logger.warning("rank %d is dropped: %s", person.number, why)
         try:
             if _born(person.pid) == person.born:
                 self._comm.kill(rank, person.pid)
