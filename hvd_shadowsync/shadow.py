@@ -339,6 +339,7 @@ class ShadowThread(Driver):
         except BaseException as failure:
             logger.debug("shadow thread failed", exc_info=True)
             self._failure = self._failure or failure
+            self.whereabouts.failed = True
         finally:
             with self._changed:
                 self._stopped = True

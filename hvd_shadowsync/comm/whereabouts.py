@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class Word:
     Attributes:
         place, place_s: what the thread that makes rounds waits in for other ranks, and for how long; "" where it waits
             for none.
-        call, call_s: the collective call that its training thread waits in; "" where it trains.
+        call, call_s: the collective call, or the lookup, that its training thread waits in; "" where it trains.
         steps, idle_s: training steps, and how long ago the last one was noticed.
         paused: whether it begins no rounds, as its program has asked for.
         held: whether its training waits for a round, at `max_sync_gap`.
@@ -56,8 +58,23 @@ class Word:
         return f"training, {at}"
 
 
+_LOCKSTEP: weakref.WeakKeyDictionary[threading.Thread, Wait] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def in_lockstep(owner: threading.Thread, place: str) -> Iterator[None]:
+    """Inside, the training of the thread `owner` waits in `place` for other ranks, between its steps."""
+    _LOCKSTEP[owner] = Wait(place, time.monotonic())
+    try:
+        yield
+    finally:
+        _LOCKSTEP.pop(owner, None)
+
+
 class Whereabouts:
     """Notes of where a rank is: each is written by the thread that it is about, and any thread reads them.
+
+    Made by the training thread.
 
     Args:
         clock: seconds; those of all notes.
@@ -67,9 +84,10 @@ class Whereabouts:
         self.clock = clock
         self.steps: Callable[[], int] = int
         """Training steps so far; whoever counts them sets it."""
-        self.paused = self.held = False
+        self.paused = self.held = self.failed = False
         self._wait: Wait | None = None
         self._call: Wait | None = None
+        self._owner = threading.current_thread()
         self._noticed = (0, clock())
 
     @contextmanager
@@ -105,11 +123,15 @@ class Whereabouts:
     @property
     def longest(self) -> Wait | None:
         """The wait that has lasted longest, of the thread that makes rounds and of the training thread."""
-        return min((each for each in (self._wait, self._call) if each is not None), key=_since, default=None)
+        waits = (self._wait, self._called())
+        return min((each for each in waits if each is not None), key=_since, default=None)
+
+    def _called(self) -> Wait | None:
+        return self._call or _LOCKSTEP.get(self._owner)
 
     def word(self) -> Word:
         """Return what this rank says of itself now."""
-        now, wait, call, (steps, noticed) = self.clock(), self._wait, self._call, self._noticed
+        now, wait, call, (steps, noticed) = self.clock(), self._wait, self._called(), self._noticed
         return Word(
             *("", 0.0) if wait is None else (wait.place, now - wait.since),
             *("", 0.0) if call is None else (call.place, now - call.since),

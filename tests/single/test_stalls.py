@@ -462,6 +462,27 @@ def test_a_handle_that_watches_nobody_has_no_thread_for_it() -> None:
     assert on_ranks(2, program) == [0, 0]
 
 
+def test_who_is_missing_in_a_lookup_is_said_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    reported = threading.Event()
+
+    def program(comm: Communicator) -> None:
+        table = EmbeddingTable("users", 10, 2, pooling="sum")
+        module = ShardedEmbeddingBag([table], {"users": "row-wise"}, SGD(lr=0.1), communicator=comm)
+        optimizer = sgd(model := torch.nn.Linear(2, 1))
+        with ShadowSync(optimizer, model=model, communicator=comm, sync_every=1, stall_warning_s=0.4):
+            for step in range(3):
+                if step == 2 and comm.rank == 1:
+                    wait_for(lambda: any("in a lookup (forward) for rank 1 on" in text for text in warnings(caplog)))
+                    reported.set()
+                optimizer.zero_grad()
+                model(module({"users": torch.arange(3)})).sum().backward()
+                optimizer.step()
+        module.close()
+
+    on_ranks(2, program)
+    assert reported.is_set()
+
+
 # --- training that waits at a gap -------------------------------------------------------------------------------------
 
 
