@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
-from hvd_shadowsync.checks import check_interval, choice
+from hvd_shadowsync.checks import check_count, check_interval, choice
+from hvd_shadowsync.comm.attendance import StallRules
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag, open_modules
 from hvd_shadowsync.metrics import COUNTERS
@@ -18,6 +20,7 @@ from hvd_shadowsync.reduction import RoundOptions
 from hvd_shadowsync.replica import MERGES, NamedTensor
 
 WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
+ON_STALL = ("end", "drop")
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -105,6 +108,47 @@ def round_options(
     return RoundOptions(algorithm, merge, wire_dtype, bool(foreground), hierarchical, max_distance)
 
 
+def stall_rules(stall_warning_s: float | None, stall_timeout_s: float | None, on_stall: str) -> StallRules:
+    """Return checked rules of what is done about ranks that others wait for."""
+    for name, value in (("stall_warning_s", stall_warning_s), ("stall_timeout_s", stall_timeout_s)):
+        if value is not None:
+            check_interval(name, value, low=0.0, high=math.inf, low_included=False, high_included=False)
+    if choice("on_stall", on_stall, ON_STALL) == "drop" and stall_timeout_s is None:
+        raise ValueError("on_stall='drop' needs stall_timeout_s, after how many seconds; give it")
+    return StallRules(stall_warning_s, stall_timeout_s, on_stall)
+
+
+def check_dropping(rules: StallRules, comm: Communicator) -> None:
+    """Raise where ranks of `comm` are to be dropped, but the others would not go on."""
+    if rules.on_stall == "drop" and comm.size > 1 and not comm.outlives_ranks:
+        raise ValueError(
+            "on_stall='drop' needs a job that goes on without ranks that are lost; launch it with `shadowrun "
+            "--fault-tolerant`, or give on_stall='end'"
+        )
+
+
+def check_gap(max_sync_gap: int | None, options: RoundOptions, pacing: Pacing, model: torch.nn.Module | None) -> None:
+    """Raise unless training may wait for rounds at the gap `max_sync_gap`."""
+    if max_sync_gap is None:
+        return
+    check_count("max_sync_gap", max_sync_gap, least=1)
+    if options.foreground:
+        raise ValueError(
+            f"max_sync_gap={max_sync_gap} has no meaning in the foreground, where no gap grows; leave it out"
+        )
+    if max_sync_gap < pacing.steps:
+        raise ValueError(
+            f"max_sync_gap={max_sync_gap} is below sync_every={pacing.sync_every}, the gap that is asked for; give at "
+            "least as much"
+        )
+    if lockstep := [each for each in _tables(model) if each.mode != "served"]:
+        raise ValueError(
+            f"max_sync_gap={max_sync_gap} does not go with mode={lockstep[0].mode!r} of the table "
+            f"{lockstep[0].tables[0].name!r}, in which ranks wait for one another between steps: they would wait for "
+            "those that wait at the gap; leave it out, or make the table with mode='served'"
+        )
+
+
 def check_combinations(
     options: RoundOptions, apply: str, pacing: Pacing, *, deterministic: bool, model: torch.nn.Module | None
 ) -> None:
@@ -136,10 +180,15 @@ def _check_foreground(asked: str, options: RoundOptions, apply: str, pacing: Pac
         raise ValueError(f"hierarchical=True has no meaning with {asked}, whose ranks all exchange; leave it out")
 
 
+def _tables(model: torch.nn.Module | None) -> list[ShardedEmbeddingBag]:
+    """Return the sharded tables of `model`, and those of this thread."""
+    inside = [] if model is None else [each for each in model.modules() if isinstance(each, ShardedEmbeddingBag)]
+    return [*inside, *open_modules(threading.current_thread())]
+
+
 def _check_tables(model: torch.nn.Module | None) -> None:
     """Raise where rows are updated in the order in which ranks happen to come."""
-    inside = [] if model is None else [each for each in model.modules() if isinstance(each, ShardedEmbeddingBag)]
-    if served := [each for each in (*inside, *open_modules(threading.current_thread())) if each.mode == "served"]:
+    if served := [each for each in _tables(model) if each.mode == "served"]:
         raise ValueError(
             f"deterministic=True does not go with mode='served' of the table {served[0].tables[0].name!r}, whose rows "
             "change in the order in which ranks happen to come; make it with mode='alltoall'"

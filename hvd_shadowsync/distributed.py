@@ -45,6 +45,10 @@ def DistributedOptimizer(
     wire_dtype: torch.dtype | None = None,
     hierarchical: bool | str = "auto",
     max_distance: float | None = None,
+    max_sync_gap: int | None = None,
+    stall_warning_s: float | None = 60.0,
+    stall_timeout_s: float | None = None,
+    on_stall: str = "end",
     initial_weights: str = "broadcast",
     end_job_on_exception: bool = True,
 ) -> torch.optim.Optimizer:
@@ -64,8 +68,8 @@ def DistributedOptimizer(
         sparse_as_dense: in the warm-up, leave averaged gradients dense.
         process_set: synchronise over the ranks of this set only; default all.
         algorithm, model, sync_every, sync_interval_ms, cpu_budget, warmup_steps, merge, foreground, deterministic,
-        apply, sync_buffers, wire_dtype, hierarchical, max_distance, initial_weights, end_job_on_exception: as for
-        `ShadowSync`.
+        apply, sync_buffers, wire_dtype, hierarchical, max_distance, max_sync_gap, stall_warning_s, stall_timeout_s,
+        on_stall, initial_weights, end_job_on_exception: as for `ShadowSync`.
 
     Returns:
         `optimizer` itself. `optimizer.shadow` is the `ShadowSync`; `optimizer.synchronize()` and
@@ -99,6 +103,10 @@ def DistributedOptimizer(
         wire_dtype=_wire_dtype(compression, wire_dtype),
         hierarchical=hierarchical,
         max_distance=max_distance,
+        max_sync_gap=max_sync_gap,
+        stall_warning_s=stall_warning_s,
+        stall_timeout_s=stall_timeout_s,
+        on_stall=on_stall,
         sparse_as_dense=sparse_as_dense,
         initial_weights=initial_weights,
         communicator=members,

@@ -22,6 +22,13 @@ class RankLostError(TransportError):
     """
 
 
+class StallError(ShadowSyncError):
+    """Ranks have held the others up for longer than `stall_timeout_s`; raised on every rank that is there."""
+
+    raised = False
+    """Whether the training thread has got it."""
+
+
 class CheckpointError(ShadowSyncError, ValueError):
     """A checkpoint cannot be read, or does not fit the model that it is loaded into."""
 

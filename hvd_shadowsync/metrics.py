@@ -41,6 +41,7 @@ class RoundMetrics:
     | searching | 1 while rounds still try what to choose for these three, 0 then |
     | times_healed | how often this rank's replica had NaN or infinity and took over the others' numbers |
     | ranks_lost | ranks that were lost since the handle's construction, and that the others go on without |
+    | gap_wait_ms | how long training has waited at `max_sync_gap`, in all |
     | recovery_ms | how long it has taken, in all, to be without them |
     """
 
@@ -61,6 +62,7 @@ class RoundMetrics:
     searching: bool = False
     times_healed: int = 0
     ranks_lost: int = 0
+    gap_wait_s: float = 0.0
     recovery_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -86,6 +88,7 @@ class RoundMetrics:
                 "searching": float(self.searching),
                 "times_healed": self.times_healed,
                 "ranks_lost": self.ranks_lost,
+                "gap_wait_ms": 1000 * self.gap_wait_s,
                 "recovery_ms": 1000 * self.recovery_s,
             }
 

@@ -24,11 +24,13 @@ from hvd_shadowsync.average import mean_of
 from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm.attendance import Attendance, Person
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
+from hvd_shadowsync.comm.whereabouts import START, WARMUP
 from hvd_shadowsync.embedding.sharded import join_all
-from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError
+from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError, StallError
 from hvd_shadowsync.health import forget_bad_state
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
@@ -95,6 +97,19 @@ class ShadowSync:
             cannot), False. S-EASGD and foreground rounds know no hosts.
         max_distance: log a warning where a replica gets farther away from the anchor than this, in units of the
             anchor's norm (`metrics()["distance"]`), once each time; default None, never.
+        max_sync_gap: training waits after so many steps since the last snapshot that was merged, until a round is; at
+            least `sync_every`. The bound of what another rank's steps can be behind here; a rank waits for slower ones
+            then, and for paused ones. Other calls in which ranks wait for one another between steps (allreduces of
+            your own, tables in lockstep) do not go with it. Default None: never.
+        stall_warning_s: after how many seconds of waiting for other ranks it is reported (logged as a warning) which
+            are missing, and where they are; again at doubling intervals. None: never. Default 60.
+        stall_timeout_s: after how many seconds ranks are given up that do not answer (stopped, or cut off), or that
+            have taken no step for so long while a round waits for them: longer than any step, evaluation or
+            checkpoint. A paused rank is not. Default None: never.
+        on_stall: what is done then. "end" (default): `StallError` on every rank that is there, and the job ends,
+            with `end_job_on_exception=False` as well.
+            "drop": the missing ranks are ended (SIGKILL, by another rank of their host), and the others go on; for
+            jobs that outlive their ranks.
         sparse_as_dense: leave gradients dense that were sparse before the warm-up averaged them; default False.
         initial_weights: "broadcast" (default) from rank 0, or "check" that they are equal.
         communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
@@ -128,6 +143,10 @@ class ShadowSync:
         sparse_as_dense: bool = False,
         hierarchical: bool | str = "auto",
         max_distance: float | None = None,
+        max_sync_gap: int | None = None,
+        stall_warning_s: float | None = 60.0,
+        stall_timeout_s: float | None = None,
+        on_stall: str = "end",
         initial_weights: str = "broadcast",
         communicator: Communicator | None = None,
         end_job_on_exception: bool = True,
@@ -150,6 +169,9 @@ class ShadowSync:
         arguments.check_model(model, optimizer)
         arguments.check_communicator(communicator)
         arguments.check_combinations(self._options, apply, self._pacing, deterministic=deterministic, model=model)
+        arguments.check_gap(max_sync_gap, self._options, self._pacing, model)
+        self._max_sync_gap = max_sync_gap
+        self._stalls = arguments.stall_rules(stall_warning_s, stall_timeout_s, on_stall)
         if sync_buffers and model is None:
             raise ValueError("sync_buffers=True needs model=..., whose buffers they are; give it")
         self.optimizer = optimizer
@@ -168,6 +190,9 @@ class ShadowSync:
         comm = mpi.world() if communicator is None else communicator.dup()
         self._ranks = _survivors(comm, self._metrics.note_lost)
         self._alone = self.size == 1
+        arguments.check_dropping(self._stalls, self._ranks.comm)
+        self._attendance: Attendance | None = None
+        self._stalled: StallError | None = None
         self._warmup = Warmup(self._ranks, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
         self._groups = _group_sizes(optimizer)
         self._replica = self._make_replica()
@@ -177,6 +202,8 @@ class ShadowSync:
             self._started = False
         self._attach()
         _OPEN[self._number] = self
+        if self._stalls.active and not self._alone:
+            self._attend()
 
     # --- what a user asks for -----------------------------------------------------------------------------------------
 
@@ -376,8 +403,12 @@ class ShadowSync:
                 driver = self._begun()
                 driver.leave()
                 driver.rounds.free()
+            if self._attendance is not None:
+                self._attendance.close()
             self._ranks.free()
         except BaseException:
+            if self._attendance is not None:
+                self._attendance.stop()
             atexit.register(self._end_job_of_ranks)
             raise
         finally:
@@ -402,7 +433,7 @@ class ShadowSync:
         if not self._alone and self._warmup.left:
             self._notice_new_parameters()
             self._get_ready(needed=True)
-            self._warmup.average(self._replica.params)
+            self._average_in_warmup()
             self._averaged = True
 
     @contextmanager
@@ -460,7 +491,7 @@ class ShadowSync:
                     "averaged in time; use warmup_steps=0 with such optimizers"
                 )
             if not self._averaged:
-                self._warmup.average(self._replica.params)
+                self._average_in_warmup()
         self._averaged = False
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -474,6 +505,10 @@ class ShadowSync:
         if self._pre_hook is not None:
             self._pre_hook.remove()
             self._pre_hook = None
+
+    def _average_in_warmup(self) -> None:
+        with self._ranks.whereabouts.waiting(WARMUP):
+            self._warmup.average(self._replica.params)
 
     def _notice_new_parameters(self) -> None:
         if self._groups != (sizes := _group_sizes(self.optimizer)):
@@ -513,6 +548,23 @@ class ShadowSync:
                 "optimizer.shadow.load_state_dict(state['shadow_sync']) on every rank"
             )
 
+    # --- stalls -------------------------------------------------------------------------------------------------------
+
+    def _attend(self) -> None:
+        """Begin to look who is missing (collective)."""
+        ranks = self._ranks
+        ranks.whereabouts.steps = lambda: self._metrics.steps
+        comm, people = ranks.together(_roll)
+        self._attendance = Attendance(
+            comm, people, ranks.whereabouts, self._stalls, lost=lambda: ranks.lost, fail=self._fail
+        )  # fmt: skip
+        self._attendance.start()
+
+    def _fail(self, error: StallError) -> None:
+        self._stalled = error
+        if self._driver is not None:
+            self._driver.fail(error)
+
     # --- beginnings ---------------------------------------------------------------------------------------------------
 
     def _make_replica(self) -> Replica:
@@ -520,7 +572,8 @@ class ShadowSync:
         return Replica(params, buffers if self._sync_buffers else [])
 
     def _require_same(self, **more: Any) -> None:
-        settings = {"pacing": self._pacing, "options": self._options, **more}
+        settings = {"pacing": self._pacing, "options": self._options, "stalls": self._stalls, **more}
+        settings |= {"max_sync_gap": self._max_sync_gap}
         settings |= {"apply": self._apply, "initial_weights": self._initial, "sync_buffers": self._sync_buffers}
         tensors = self._replica.tensors + self._replica.integers
         lines = agree.describe_settings(settings) + agree.describe_tensors(tensors)
@@ -565,7 +618,10 @@ class ShadowSync:
 
     def _collectively(self, errand: Errand) -> Any:
         """Return what `errand` returns, which all ranks run now, each in the same call (collective)."""
-        return self._ranks.together(errand) if self._driver is None else self._driver.meet(errand)
+        if self._driver is not None:
+            return self._driver.meet(errand)
+        with self._ranks.whereabouts.waiting(START):
+            return self._ranks.together(errand)
 
     def _meet(self, errand: Errand | None = None) -> Any:
         """Run `errand` once all ranks are in a call such as this one; take part in what they do before (collective)."""
@@ -599,11 +655,14 @@ class ShadowSync:
         if self._driver is None:
             if self._warmup.steps:
                 self._start_alike()
-            rounds = self._ranks.together(self._begin)
+            with self._ranks.whereabouts.waiting(START):
+                rounds = self._ranks.together(self._begin)
             self._loaded = None
             self._driver = self._make_driver(rounds)
             self._driver.ending = self._ending
             self._driver.mend = partial(forget_bad_state, self.optimizer)
+            if self._stalled is not None:
+                self._driver.fail(self._stalled)
             mpi.spare_others_on_exception()
             if self._paused:
                 self._driver.pause()
@@ -624,7 +683,8 @@ class ShadowSync:
     def _make_driver(self, rounds: Rounds) -> Driver:
         if self._options.foreground:
             return Foreground(rounds, self._pacing, self._metrics)
-        return ShadowThread(rounds, self._pacing, self._metrics, hogwild=self._apply == "hogwild")
+        hogwild = self._apply == "hogwild"
+        return ShadowThread(rounds, self._pacing, self._metrics, hogwild=hogwild, max_sync_gap=self._max_sync_gap)
 
     def _recall(self, rounds: Rounds, comm: Communicator) -> None:
         """Begin from the live weights and what was loaded (collective)."""
@@ -668,8 +728,8 @@ class ShadowSync:
             self._end_job_of_ranks()
 
     def _end_job_of_ranks(self) -> None:
-        """End all ranks: after an error here they would wait for this one for ever."""
-        if self._end_job and self._ranks.comm.spans_processes:
+        """End all ranks: after an error here they would wait for this one for ever, or for who is stopped."""
+        if (self._end_job or self._stalled is not None) and self._ranks.comm.spans_processes:
             mpi.end_job("synchronisation failed")
 
 
@@ -682,6 +742,11 @@ def _undisturbed(hook: Callable[..., None]) -> Callable[..., None]:
 def _everyones(value: Any) -> Errand:
     """Return an errand that gathers every rank's `value`."""
     return lambda comm: comm.allgather_object(value)
+
+
+def _roll(comm: Communicator) -> tuple[Communicator, list[Person]]:
+    """Return a communicator that outlasts lost ranks, and who its ranks are (collective)."""
+    return comm.dup(linked=False), comm.allgather_object(Person.here(comm.members[comm.rank]))
 
 
 def _survivors(comm: Communicator, on_loss: Callable[[int, float], None]) -> Survivors:

@@ -22,6 +22,7 @@ from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
+from hvd_shadowsync.comm.whereabouts import ROUND, VOTE, Whereabouts
 from hvd_shadowsync.errors import RankLostError, ReplicaMismatchError, ShadowSyncError
 from hvd_shadowsync.finite import all_finite
 from hvd_shadowsync.health import Health
@@ -142,6 +143,11 @@ class Rounds:
     def _comm(self) -> Communicator:
         return self._ranks.comm
 
+    @property
+    def whereabouts(self) -> Whereabouts:
+        """What this rank waits in for the others."""
+        return self._ranks.whereabouts
+
     # --- lost ranks -------------------------------------------------------------------------------------------------
 
     @property
@@ -224,7 +230,8 @@ class Rounds:
             return self._ranks.agreed(lambda _: verdict)
         with self.lock:
             if verdict is Verdict.ROUND:
-                return self._round(weights)
+                with self.whereabouts.waiting(ROUND):
+                    return self._round(weights)
             if verdict is Verdict.CONSOLIDATE:
                 return self._ranks.agreed(lambda _: self._consolidate(weights))
             return self._regroup_or_not() if verdict is Verdict.REGROUP else verdict
@@ -258,7 +265,8 @@ class Rounds:
 
     def _vote(self, own: Ballot) -> ballot.Count:
         votes = torch.empty(self._comm.size, ballot.NUM_FIELDS, dtype=torch.int64)
-        VOTING.wait([self._comm.iallgather(own.encode(), votes)], meanwhile=self.serve if self.serves else None)
+        with self.whereabouts.waiting(VOTE):
+            VOTING.wait([self._comm.iallgather(own.encode(), votes)], meanwhile=self.serve if self.serves else None)
         return ballot.count(votes, self.replica.fingerprint)
 
     def _bad_in_a_row(self) -> int:
@@ -280,6 +288,7 @@ class Rounds:
         sample: Tensor | None = None
         copy = self._begin_capture()
         for part, reduced in self._reducer.reduce(self._snapshot, weights, fill):
+            self.whereabouts.get_on()
             if part.start == 0:
                 sample = self._snapshot[: min(SAMPLE, part.stop)].clone()
             for piece, values in self._weights_and_buffers(part, reduced):
@@ -406,6 +415,7 @@ class Rounds:
     def _average(self, weights: tuple[float, ...]) -> None:
         sent = self._mean.bytes_sent
         for part, mean in self._mean.reduce(self._snapshot, weights):
+            self.whereabouts.get_on()
             self._snapshot[part].copy_(mean)
         self._mean.forget()
         if self._integers.numel():

@@ -15,7 +15,7 @@ import torch
 
 from hvd_shadowsync.ballot import CALLS, Intent, Verdict
 from hvd_shadowsync.comm.poll import Poller, sleep_on_time
-from hvd_shadowsync.errors import RankLostError, ShadowSyncError
+from hvd_shadowsync.errors import RankLostError, ShadowSyncError, StallError
 from hvd_shadowsync.metrics import RoundMetrics
 from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.rounds import Errand, Met, Rounds
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 SERVING_PAUSES = Poller(eager=1, shortest_s=0.0005, longest_s=0.004, growth=1.2)
 SHARE_OF_A_ROUND, LONGEST_SERVING_PAUSE_S = 0.2, 0.02
 MOST_COUNTED = 2.0
-REPORT_WAIT_S = 30.0
 LOOK_S = 0.25
 """How long a thread that waits goes without looking whether all ranks are there, and whether it is to end."""
 
@@ -40,6 +39,12 @@ class Driver(ABC):
         """Called now and then while the training thread waits in `meet` or `synchronize`; may raise, and end it."""
         self.mend: Callable[[], None] | None = None
         """Called in the training thread before live weights with bad numbers become the others'."""
+        self.whereabouts = rounds.whereabouts
+        self.whereabouts.steps = lambda: metrics.steps
+
+    @abstractmethod
+    def fail(self, error: StallError) -> None:
+        """Raise `error` in the training thread, as soon as it looks; any thread may call this."""
 
     @abstractmethod
     def step_taken(self) -> None:
@@ -85,6 +90,11 @@ class Foreground(Driver):
         super().__init__(rounds, pacing, metrics)
         self._steps_at_round = metrics.steps
         self._paused = False
+        self._stalled: StallError | None = None
+
+    def fail(self, error: StallError) -> None:
+        """See `Driver.fail`; a round under way is not interrupted."""
+        self._stalled = error
 
     def step_taken(self) -> None:
         """See `Driver.step_taken`."""
@@ -98,34 +108,38 @@ class Foreground(Driver):
 
     def pause(self) -> None:
         """See `Driver.pause`; all ranks have to pause at the same step."""
-        self._paused = True
+        self._paused = self.whereabouts.paused = True
 
     def resume(self) -> None:
         """See `Driver.resume`."""
-        self._paused = False
+        self._paused = self.whereabouts.paused = False
 
     def meet(self, errand: Errand | None = None) -> Any:
         """See `Driver.meet`."""
-        while True:
-            met = self._run(Intent.MEET, errand)
-            if isinstance(met, Met):
-                return met.get()
-            self._look_for_the_end()
+        with self.whereabouts.calling(CALLS[Intent.MEET]):
+            while True:
+                met = self._run(Intent.MEET, errand)
+                if isinstance(met, Met):
+                    return met.get()
+                self._look_for_the_end()
 
     def synchronize(self) -> None:
         """See `Driver.synchronize`."""
-        while self._run(Intent.CONSOLIDATE) is not Verdict.CONSOLIDATE:
-            self._look_for_the_end()
+        with self.whereabouts.calling(CALLS[Intent.CONSOLIDATE]):
+            while self._run(Intent.CONSOLIDATE) is not Verdict.CONSOLIDATE:
+                self._look_for_the_end()
 
     def end(self) -> None:
         """See `Driver.end`."""
-        while self._run(Intent.END) is not Verdict.CONSOLIDATE:
-            pass
+        with self.whereabouts.calling(CALLS[Intent.END]):
+            while self._run(Intent.END) is not Verdict.CONSOLIDATE:
+                pass
 
     def leave(self, *, wait: bool = True) -> None:
         """See `Driver.leave`; foreground rounds cannot be left without waiting, so `wait=False` does nothing."""
-        while wait and self._run(Intent.LEAVE) is not Verdict.STOP:
-            pass
+        with self.whereabouts.calling(CALLS[Intent.LEAVE]):
+            while wait and self._run(Intent.LEAVE) is not Verdict.STOP:
+                pass
 
     def _look_for_the_end(self) -> None:
         if self.ending is not None:
@@ -133,6 +147,9 @@ class Foreground(Driver):
 
     def _run(self, intent: Intent, errand: Errand | None = None) -> Verdict | Met:
         while True:
+            if self._stalled is not None:
+                self._stalled.raised = True
+                raise self._stalled
             try:
                 result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round, errand=errand)
                 break
@@ -150,11 +167,25 @@ class ShadowThread(Driver):
 
     The two meet in one slot: the shadow thread stages a result and waits; the training thread merges it at its next
     step. With `hogwild` the shadow thread merges by itself, while the training thread may be computing.
+
+    With `max_sync_gap` the training thread waits at the end of a step that is so many after the last snapshot that was
+    merged; the round that it waits for is due at once, whatever paces them.
     """
 
-    def __init__(self, rounds: Rounds, pacing: Pacing, metrics: RoundMetrics, *, hogwild: bool = False) -> None:
+    def __init__(
+        self,
+        rounds: Rounds,
+        pacing: Pacing,
+        metrics: RoundMetrics,
+        *,
+        hogwild: bool = False,
+        max_sync_gap: int | None = None,
+    ) -> None:
         super().__init__(rounds, pacing, metrics)
         self._hogwild = hogwild
+        self._max_gap = math.inf if max_sync_gap is None else max_sync_gap
+        self._steps_merged = metrics.steps
+        self._held = self._mismatch = False
         self._wake = threading.Event()
         self._changed = threading.Condition()
         self._staged: Staged | None = None
@@ -195,21 +226,48 @@ class ShadowThread(Driver):
                 self._merge_if_staged()
         if self.metrics.steps >= self._wake_at_step:
             self._wake.set()
+        if self.metrics.steps - self._steps_merged >= self._max_gap:
+            self._wait_at_gap()
+
+    def _wait_at_gap(self) -> None:
+        """Return once the steps since the last merged snapshot are few enough, or no round would change that."""
+        begun = time.monotonic()
+        with self._changed:
+            self._held = self.whereabouts.held = True
+            self._wake.set()
+            try:
+                while self._is_too_far():
+                    self._changed.wait(LOOK_S)
+                    self._merge_if_staged()
+            finally:
+                self._held = self.whereabouts.held = False
+        with self.metrics.lock:
+            self.metrics.gap_wait_s += time.monotonic() - begun
+
+    def _is_too_far(self) -> bool:
+        goes_on = not (self._paused or self._alone or self._stopped or self._mismatch)
+        return goes_on and self.metrics.steps - self._steps_merged >= self._max_gap
+
+    def fail(self, error: StallError) -> None:
+        """See `Driver.fail`."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
 
     def restart(self) -> None:
         """See `Driver.restart`."""
-        self._steps_at_round = self.metrics.steps
+        self._steps_at_round = self._steps_merged = self.metrics.steps
         self._wake.set()
 
     def pause(self) -> None:
         """See `Driver.pause`."""
         with self._changed:
-            self._paused = True
+            self._paused = self.whereabouts.paused = True
             self._merge_if_staged()
 
     def resume(self) -> None:
         """See `Driver.resume`."""
-        self._paused = False
+        self._paused = self.whereabouts.paused = False
         self._wake.set()
 
     def meet(self, errand: Errand | None = None) -> Any:
@@ -241,23 +299,22 @@ class ShadowThread(Driver):
         self._thread.join()
 
     def _wait_in(self, intent: Intent, done: Callable[[], bool]) -> None:
-        with self._changed:
+        with self.whereabouts.calling(CALLS[intent]), self._changed:
             self._intent = intent
             self._wake.set()
-            began = reported = time.monotonic()
             while True:
                 self._merge_if_staged()
                 if done():
                     break
                 if self.ending is not None and intent in (Intent.MEET, Intent.CONSOLIDATE):
                     self.ending()
-                if not self._changed.wait(LOOK_S) and time.monotonic() - reported > REPORT_WAIT_S:
-                    reported = time.monotonic()
-                    waited_s = reported - began
-                    logger.warning("%s waits for the other ranks since %.0f s", CALLS[intent], waited_s)
+                self._changed.wait(LOOK_S)
 
     def _merge_if_staged(self, *, hogwild: bool = False) -> None:
         """Merge what is staged; `_changed` is held. Raises what the shadow thread failed with."""
+        if isinstance(self._failure, StallError):
+            self._failure.raised = True
+            raise self._failure
         if self._failure is not None:
             raise ShadowSyncError(
                 f"the shadow thread failed after {self.metrics.rounds} rounds, at step {self.metrics.steps}: "
@@ -266,6 +323,7 @@ class ShadowThread(Driver):
         if self._staged is None:
             return
         merge_staged(self._staged, self.metrics, hogwild=hogwild, mend=self.mend)
+        self._steps_merged = self._staged.steps
         if self._staged.verdict is Verdict.CONSOLIDATE:
             self._consolidations += 1
         if self._staged.heals:
@@ -281,11 +339,12 @@ class ShadowThread(Driver):
             self._ready.set()
             sleep_on_time()
             self._spent_mark = self._counted_mark = self._spent_s()
-            while self._round_or_recovery() is not Verdict.STOP:
+            while self._failure is None and self._round_or_recovery() is not Verdict.STOP:
                 pass
         except BaseException as failure:
             logger.debug("shadow thread failed", exc_info=True)
-            self._failure = failure
+            self._failure = self._failure or failure
+            self.whereabouts.failed = True
         finally:
             with self._changed:
                 self._stopped = True
@@ -313,6 +372,7 @@ class ShadowThread(Driver):
         self._round_began, self._spent_mark = time.monotonic(), self._spent_mark + spent_s
         result = self.rounds.run(intent, self.metrics.steps - self._steps_at_round, spent_s, self._errand)
         self.metrics.cpu_s = time.thread_time()
+        self._mismatch = result is Verdict.MISMATCH
         if isinstance(result, Staged):
             self._steps_at_round = result.steps
             if result.verdict is Verdict.ROUND:  # others may have waited for the rest, and so did this rank
@@ -347,7 +407,7 @@ class ShadowThread(Driver):
         while True:
             self._wake.clear()
             self._wake_at_step = self._steps_at_round + self.pacing.steps
-            if self._intent is not Intent.TRAIN:
+            if self._intent is not Intent.TRAIN or (self._held and not self._paused):
                 return self._intent
             wait_s = math.inf if self._paused else self._wait_s(spent_s)
             if self._paused or math.isfinite(wait_s):
@@ -371,6 +431,7 @@ class ShadowThread(Driver):
             self._staged = staged
             if self._hogwild and self._intent is Intent.TRAIN and not staged.heals:  # the optimizer's state as well
                 self._merge_if_staged(hogwild=True)
+                self._changed.notify_all()
                 return
             if staged.verdict is Verdict.CONSOLIDATE and self._intent in (Intent.CONSOLIDATE, Intent.END):
                 self._answer_call()

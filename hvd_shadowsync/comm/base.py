@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
@@ -132,9 +134,23 @@ class Communicator(ABC):
         This one must have been revoked; it is not to be used, nor freed, afterwards.
         """
 
+    def overlook_lost(self) -> None:  # noqa: B027 (where ranks are not lost)
+        """Let `probe` find messages of the ranks that are left, although it has raised `RankLostError`."""
+
+    def kill(self, rank: int, pid: int) -> None:
+        """End `rank` at once, which is the process `pid` of this host.
+
+        Raises:
+            OSError: the system does not let us.
+        """
+        os.kill(pid, signal.SIGKILL)
+
     @abstractmethod
-    def dup(self) -> Communicator:
-        """Return a communicator of the same ranks whose traffic is apart from this one's (collective, blocking)."""
+    def dup(self, *, linked: bool = True) -> Communicator:
+        """Return a communicator of the same ranks whose traffic is apart from this one's (collective, blocking).
+
+        `linked`: `revoke` reaches it as well.
+        """
 
     @abstractmethod
     def free(self) -> None:

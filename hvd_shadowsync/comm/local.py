@@ -245,6 +245,7 @@ class LocalCommunicator(Communicator):
         self._parts = itertools.count()
         self._agreements = itertools.count()
         self._made: list[LocalCommunicator] = []
+        self._overlooks = False
 
     @property
     def is_dead(self) -> bool:
@@ -337,7 +338,10 @@ class LocalCommunicator(Communicator):
 
     def probe(self) -> Message | None:
         """See `Communicator.probe`."""
-        self.check()
+        if self._overlooks:
+            self._count()
+        else:
+            self.check()
         with self._shared.changed:
             mailbox = self._shared.mailboxes[self.rank]
             return mailbox.pop(0) if mailbox else None
@@ -364,15 +368,24 @@ class LocalCommunicator(Communicator):
             return None
         return self._part(self._shared.part(number, color, members), members.index(self.rank))
 
-    def dup(self) -> Communicator:
+    def overlook_lost(self) -> None:
+        """See `Communicator.overlook_lost`."""
+        self._overlooks = True
+
+    def kill(self, rank: int, pid: int) -> None:
+        """See `Communicator.kill`; all ranks are of one process, which goes on."""
+        self._shared.fate.dead.add(self.members[rank])
+
+    def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""
         self._count()
         self._shared.require_whole()
-        return self._part(self._shared.part(next(self._parts), 0, list(range(self.size))), self.rank)
+        return self._part(self._shared.part(next(self._parts), 0, list(range(self.size))), self.rank, linked)
 
-    def _part(self, shared: _Shared, rank: int) -> LocalCommunicator:
+    def _part(self, shared: _Shared, rank: int, linked: bool = True) -> LocalCommunicator:
         part = LocalCommunicator(shared, rank)
-        self._made.append(part)
+        if linked:
+            self._made.append(part)
         return part
 
     def free(self) -> None:

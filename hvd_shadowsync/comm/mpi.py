@@ -429,9 +429,10 @@ class MpiCommunicator(Communicator):
             return None
         return self._part(part, self._members_of(part))
 
-    def _part(self, comm: Any, members: Sequence[int]) -> MpiCommunicator:
+    def _part(self, comm: Any, members: Sequence[int], *, linked: bool = True) -> MpiCommunicator:
         part = MpiCommunicator(comm, members, outlives_ranks=self.outlives_ranks)
-        self._parts.append(part)
+        if linked:
+            self._parts.append(part)
         return part
 
     def _members_of(self, part: Any) -> list[int]:
@@ -462,10 +463,15 @@ class MpiCommunicator(Communicator):
             logger.warning("the ranks of this host share no memory (%s): they send messages instead", failures[0])
         return None if failures else _Segments(segments)
 
-    def dup(self) -> Communicator:
+    def overlook_lost(self) -> None:
+        """See `Communicator.overlook_lost`."""
+        if self.outlives_ranks:
+            self._comm.Ack_failed()
+
+    def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""
         with _noticing():
-            return self._part(self._comm.Dup(), self.members)
+            return self._part(self._comm.Dup(), self.members, linked=linked)
 
     def free(self) -> None:
         """See `Communicator.free`; where ranks may be lost MPI keeps what it has, as others may not come to free it."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.whereabouts import CALL, RECOVERY, Whereabouts
 from hvd_shadowsync.ending import note_lost
 from hvd_shadowsync.errors import RankLostError
 
@@ -35,6 +36,8 @@ class Survivors:
         self._failed = False
         self.hosts: dict[int, str] = {}
         """The name of the host of each rank, by its number, for messages; whoever knows them sets it."""
+        self.whereabouts = Whereabouts()
+        """What this rank waits in for the others."""
         self.recovery_s = 0.0
         """How long it has taken to be without the lost ranks, seconds in all."""
 
@@ -50,15 +53,16 @@ class Survivors:
             RankLostError: on every rank that is left, if one was lost meanwhile, even where `call` had succeeded.
         """
         failure: RankLostError | None = None
-        try:
-            result = call(self.comm)
-        except RankLostError as error:
-            failure = error
-            self.comm.revoke()
-        if not self.comm.agree(failure is None):
-            self._failed = True
-            raise failure or RankLostError("a rank was lost in a collective call that had succeeded here")
-        return result
+        with self.whereabouts.waiting(CALL):
+            try:
+                result = call(self.comm)
+            except RankLostError as error:
+                failure = error
+                self.comm.revoke()
+            if not self.comm.agree(failure is None):
+                self._failed = True
+                raise failure or RankLostError("a rank was lost in a collective call that had succeeded here")
+            return result
 
     def together(self, call: Callable[[Communicator], T]) -> T:
         """Return what `call(comm)` returns once all ranks that are left have come through it (collective).
@@ -75,8 +79,9 @@ class Survivors:
 
     def go_on(self, begin: Callable[[Communicator], T]) -> T:
         """Leave the lost ranks behind, then `begin(comm)` together on those that are left (collective over them)."""
-        self._shrink()
-        return self.together(begin)
+        with self.whereabouts.waiting(RECOVERY):
+            self._shrink()
+            return self.together(begin)
 
     def free(self) -> None:
         """Give the communicator back (collective)."""

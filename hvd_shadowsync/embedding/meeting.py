@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import enum
+import threading
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, NoReturn
 
 import torch
 
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.whereabouts import in_lockstep
 from hvd_shadowsync.errors import EmbeddingError
 
 TEXT_BYTES = 2048
@@ -70,7 +73,7 @@ class Word(NamedTuple):
 
 
 class Meetings:
-    """Meets all ranks of `comm`, for one thread at a time.
+    """Meets all ranks of `comm`, for one thread at a time; made by the training thread.
 
     Attributes:
         held: meetings so far.
@@ -80,6 +83,7 @@ class Meetings:
     def __init__(self, comm: Communicator, poller: Poller, *, debug: bool) -> None:
         self._comm, self._poller, self.debug = comm, poller, debug
         self.held = 0
+        self._owner = threading.current_thread()
         self._out = torch.zeros(comm.size, len(Word._fields), dtype=torch.int64)
         self._in = torch.zeros_like(self._out)
 
@@ -109,7 +113,9 @@ class Meetings:
         self._out[:] = torch.tensor(word)
         if sizes:
             self._out[:, 4] = torch.tensor(sizes)
-        self._poller.wait([self._comm.ialltoall(self._out, self._in)], meanwhile)
+        place = nullcontext() if call in SERVING else in_lockstep(self._owner, NAMES[call])
+        with place:
+            self._poller.wait([self._comm.ialltoall(self._out, self._in)], meanwhile)
         words = [Word(*each) for each in self._in.tolist()]
         if any(each.call == Call.FAIL for each in words):
             return words

@@ -78,8 +78,8 @@ class Recorded(Communicator):
     def split(self, color: int | None) -> Communicator | None:
         return self._comm.split(color)
 
-    def dup(self) -> Communicator:
-        return self._comm.dup()
+    def dup(self, *, linked: bool = True) -> Communicator:
+        return self._comm.dup(linked=linked)
 
     def check(self) -> None:
         self._comm.check()
@@ -107,5 +107,5 @@ class Apart(Recorded):
     def share(self, num_bytes: int) -> SharedMemory | None:
         return None
 
-    def dup(self) -> Communicator:
-        return Apart(self._comm.dup())
+    def dup(self, *, linked: bool = True) -> Communicator:
+        return Apart(self._comm.dup(linked=linked))
