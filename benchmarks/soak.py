@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="of all cases together")
     parser.add_argument("--mb", type=float, default=4.0, help="dense weights, in 10^6 bytes")
     parser.add_argument("--every-s", type=float, default=5.0, help="from one checkpoint to the next")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", type=Path, default=RAW)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = []
-    for name, options in CASES.items():
-        records.append({"case": name, "ranks": soak(options, arguments)})
+    for name in arguments.cases:
+        records.append({"case": name, "ranks": soak(CASES[name], arguments)})
         if MPI.COMM_WORLD.rank == 0:
             print(json.dumps(records[-1]), flush=True)
     if MPI.COMM_WORLD.rank == 0:
@@ -65,7 +66,7 @@ def soak(options: dict[str, Any], arguments: argparse.Namespace) -> list[dict[st
         folder = MPI.COMM_WORLD.bcast(own)
         with ShadowSync(optimizer, model=model, sync_every=1, **options) as sync:
             checkpointer = Checkpointer(folder, model, sync, every_s=arguments.every_s)
-            share_s = 60 * arguments.minutes / len(CASES)
+            share_s = 60 * arguments.minutes / len(arguments.cases)
             train(model, optimizer, WARMUP_SHARE * share_s)
             warm, rounds = usage(), sync.metrics()["rounds"]
             train(model, optimizer, (1 - WARMUP_SHARE) * share_s)
