@@ -552,11 +552,16 @@ class ShadowSync:
 
     def _attend(self) -> None:
         """Begin to look who is missing (collective)."""
-        ranks = self._ranks
-        ranks.whereabouts.steps = lambda: self._metrics.steps
+        ranks, metrics, handle = self._ranks, self._metrics, weakref.ref(self)
+        ranks.whereabouts.steps = lambda: metrics.steps
         comm, people = ranks.together(_roll)
+
+        def fail(error: StallError) -> None:
+            if (still := handle()) is not None:
+                still._fail(error)
+
         self._attendance = Attendance(
-            comm, people, ranks.whereabouts, self._stalls, lost=lambda: ranks.lost, fail=self._fail
+            comm, people, ranks.whereabouts, self._stalls, lost=lambda: ranks.lost, fail=fail
         )  # fmt: skip
         self._attendance.start()
 

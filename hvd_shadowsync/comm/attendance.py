@@ -172,7 +172,7 @@ class Attendance:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look now and then from here on, until rounds fail here: then the job ends, or should have."""
+        """Look now and then from here on, until this rank waits for nobody any more."""
         self._thread = threading.Thread(target=self._main, name="shadow-attendance", daemon=True)
         self._thread.start()
 
@@ -191,7 +191,7 @@ class Attendance:
         try:
             while not self._closing.wait(self._rules.tick_s):
                 self.look()
-                if self._whereabouts.failed and self._error is None:
+                if self._whereabouts.is_over and self._error is None:
                     return
         except BaseException:
             logger.debug("nobody looks any more who is missing", exc_info=True)

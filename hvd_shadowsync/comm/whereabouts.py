@@ -126,6 +126,15 @@ class Whereabouts:
         waits = (self._wait, self._called())
         return min((each for each in waits if each is not None), key=_since, default=None)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank waits for nobody any more: its rounds have failed, or its training thread is gone.
+
+        The main thread is never gone: handles are closed at exit, when it counts as ended.
+        """
+        owner = self._owner
+        return self.failed or not (owner.is_alive() or owner is threading.main_thread())
+
     def _called(self) -> Wait | None:
         return self._call or _LOCKSTEP.get(self._owner)
 

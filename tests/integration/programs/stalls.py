@@ -14,7 +14,7 @@ from parallel.programs.problem import Data, content, loss_of, make_model
 
 from hvd_shadowsync import ElasticAveraging, ModelAveraging, ShadowSync
 
-SECONDS = 50.0
+SECONDS = 90.0
 
 
 def main(case: str, options: dict[str, Any]) -> None:
