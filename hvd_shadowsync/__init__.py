@@ -19,6 +19,7 @@ from hvd_shadowsync.errors import (  # noqa: E402
     RankLostError,
     ReplicaMismatchError,
     ShadowSyncError,
+    StallError,
     TransportError,
 )
 from hvd_shadowsync.metrics import JsonLinesWriter, TensorBoardWriter  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "ShadowSync",
     "ShadowSyncError",
     "ShardedEmbeddingBag",
+    "StallError",
     "TensorBoardWriter",
     "TransportError",
     "broadcast_optimizer_state",

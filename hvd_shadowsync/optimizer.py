@@ -407,8 +407,6 @@ class ShadowSync:
                 self._attendance.close()
             self._ranks.free()
         except BaseException:
-            if self._attendance is not None:
-                self._attendance.stop()
             atexit.register(self._end_job_of_ranks)
             raise
         finally:
@@ -474,6 +472,8 @@ class ShadowSync:
     def _detach(self) -> None:
         self._closed = True
         _OPEN.pop(self._number, None)
+        if self._attendance is not None:
+            self._attendance.stop()
         for hook in self._hooks:
             hook.remove()
         for name in ("shadow", "synchronize", "skip_synchronize"):
