@@ -23,7 +23,8 @@ RANK_VARIABLE = "OMPI_COMM_WORLD_RANK"
 SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 """The process that is a rank: programs that it starts have its environment, and import this as well, but are none."""
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
-NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before MPI was initialised; code: (-?\d+)\n")
+BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
+NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
 
 FINALIZE_S = 5
 """How long MPI_Finalize may take where ranks were lost: then this one ends by SIGALRM, which harms no other."""
@@ -41,9 +42,11 @@ def note_lost(ranks: Iterable[int]) -> list[int]:
 
 
 def note_started() -> None:
-    """Let the process that has started this one know that MPI is initialised, on all ranks."""
+    """Let the process that has started this one know that MPI is initialised, on all ranks, and `shadowrun` as well."""
     if os.environ.get(SPEAKER_VARIABLE) == str(os.getpid()):
         _say(rank.STARTED)
+        sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} has begun\n")
+        sys.stderr.flush()
 
 
 def end_well() -> None:
@@ -75,10 +78,11 @@ def _say(what: bytes) -> None:
 
 @dataclass
 class Endings:
-    """What ranks have said of their ends; `never_began` is a rank for which MPI was not initialised, and its code."""
+    """What ranks have said of their beginnings and ends; `never_began` is a rank that had not begun, and its code."""
 
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
+    begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
 
     def without(self, line: bytes) -> bytes:
@@ -86,6 +90,7 @@ class Endings:
         for number, lost in ENDED.findall(line):
             self.ended.add(int(number))
             self.lost.update(map(int, lost.split() if lost != b"none" else ()))
+        self.begun.update(map(int, BEGUN.findall(line)))
         for number, code in NEVER_BEGAN.findall(line):
             self.never_began = self.never_began or (int(number), int(code))
-        return ENDED.sub(b"", NEVER_BEGAN.sub(b"", line))
+        return ENDED.sub(b"", BEGUN.sub(b"", NEVER_BEGAN.sub(b"", line)))

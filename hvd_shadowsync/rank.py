@@ -1,9 +1,9 @@
 """What `shadowrun --fault-tolerant` starts for each rank: runs the program, and sees to it that its end is noticed.
 
 Open MPI's launcher takes no notice there of a rank that ends with a code, and nobody notices one that ends before
-MPI_Init is through on all ranks: the others would wait for ever. So a rank that is gone in the middle ends by a signal,
-and one that is gone before MPI was initialised is reported to shadowrun, which ends the job. Runs as a file, since the
-package would import torch.
+MPI_Init is through on all ranks: the others would wait for ever. So a rank that is gone too early ends by a signal, and
+is reported to shadowrun where MPI may not have been initialised yet. Runs as a file, since the package would import
+torch.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def main(program: list[str]) -> int:
 
 
 def _end(code: int, said: bytes) -> int:
+    if code == 0 and STARTED not in said:
+        return 0  # a program without MPI
     if STARTED not in said:
-        if code:
-            rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
-            print(f"hvd_shadowsync: rank {rank} ended before MPI was initialised; code: {code}", file=sys.stderr)
-            sys.stderr.flush()
-        return code if code >= 0 else 128 - code
-    if ENDED in said and code >= 0:
+        rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
+        print(f"hvd_shadowsync: rank {rank} ended before it had begun; code: {code}", file=sys.stderr)
+        sys.stderr.flush()
+    elif ENDED in said and code >= 0:
         return code
     os.kill(os.getpid(), signal.SIGKILL)
     return 1

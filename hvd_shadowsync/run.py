@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ PYTHONS = ("python", "python3")
 PROBE_TIMEOUT_S = 60
 GRACE_S = 10.0
 LOST_CODE = 3
+BEGINNING_S = 10.0
 SECRET = re.compile("TOKEN(?!I)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|KEY(?!BOARD)", re.IGNORECASE)
 """Names whose values are shown to nobody."""
 CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
@@ -332,14 +334,26 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
 
 
 def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
-    """Copy the child's stderr, line by line, until it ends; end the job where a rank never began."""
+    """Copy the child's stderr, line by line, until it ends.
+
+    Where a rank has ended before it had begun, and none is heard to begin for a while, the others wait for it in
+    MPI_Init: the job is ended then.
+    """
     assert child.stderr is not None, "it is a pipe"
-    told = False
+
+    def end_unless_begun() -> None:
+        if not endings.begun:
+            _signal_group(child.pid, signal.SIGTERM)
+
+    timer: threading.Timer | None = None
     for line in child.stderr:
         sys.stderr.buffer.write(endings.without(line))
         sys.stderr.buffer.flush()
-        if endings.never_began is not None and not told:
-            told = _signal_group(child.pid, signal.SIGTERM)
+        if endings.never_began is not None and timer is None:
+            timer = threading.Timer(BEGINNING_S, end_unless_begun)
+            timer.start()
+    if timer is not None:
+        timer.cancel()
 
 
 def _judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
@@ -347,7 +361,7 @@ def _judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
 
     Lost is also who was there when the others left, and did not come to its own end.
     """
-    if endings.never_began is not None:
+    if endings.never_began is not None and not endings.begun:
         rank, own = endings.never_began
         print(f"shadowrun: rank {rank} ended with code {own} before MPI was initialised: the job ends", file=sys.stderr)
         return own if own > 0 else 128 - own

@@ -35,8 +35,9 @@ def start(program: str) -> subprocess.Popen[str]:
         (STARTED + "os.kill(os.getpid(), 11)", -signal.SIGKILL, ""),
         (STARTED + ENDED + "os.kill(os.getpid(), 14)", -signal.SIGKILL, ""),
         ("pass", 0, ""),
-        ("import os; os._exit(3)", 3, "code: 3"),
-        ("import os; os.kill(os.getpid(), 9)", 128 + 9, "code: -9"),
+        ("import os; os._exit(3)", -signal.SIGKILL, "code: 3"),
+        ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL, "code: -9"),
+        (ENDED, 0, ""),
     ],
     ids=str,
 )
@@ -44,7 +45,7 @@ def test_a_rank_ends_as_its_program_or_such_that_others_notice(program: str, cod
     process = start(program)
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == code
-    assert errors == (f"hvd_shadowsync: rank 2 ended before MPI was initialised; {said}\n" if said else "")
+    assert errors == (f"hvd_shadowsync: rank 2 ended before it had begun; {said}\n" if said else "")
 
 
 def test_what_a_program_leaves_behind_holds_nobody_up() -> None:
@@ -88,10 +89,12 @@ def test_what_ranks_say_is_taken_out_of_their_lines() -> None:
         b"hvd_shadowsync: rank 0 ended; lost: none\n",
         b"a warning\n",
         b"half a line, hvd_shadowsync: rank 3 ended; lost: 1 12\n",
-        b"hvd_shadowsync: rank 4 ended before MPI was initialised; code: -9\n",
+        b"hvd_shadowsync: rank 4 ended before it had begun; code: -9\n",
+        b"hvd_shadowsync: rank 3 has begun\n",
     ]
-    assert [endings.without(line) for line in lines] == [b"", b"a warning\n", b"half a line, ", b""]
-    assert (endings.ended, endings.lost, endings.never_began) == ({0, 3}, {1, 12}, (4, -9))
+    assert [endings.without(line) for line in lines] == [b"", b"a warning\n", b"half a line, ", b"", b""]
+    assert (endings.ended, endings.lost, endings.begun) == ({0, 3}, {1, 12}, {3})
+    assert endings.never_began == (4, -9)
 
 
 STARTS_ANOTHER = """
@@ -134,6 +137,8 @@ def test_what_is_no_rank_says_nothing() -> None:
         (137, Endings(), False, 137),
         (143, Endings(never_began=(1, 3)), False, 3),
         (143, Endings(never_began=(1, -9)), False, 137),
+        (0, Endings({0, 2}, begun={0, 2}, never_began=(1, -9)), False, 0),
+        (0, Endings({0, 2}, begun={0, 2}, never_began=(1, -9)), True, run.LOST_CODE),
     ],
 )
 def test_the_exit_code_of_a_job_that_outlives_its_ranks(code: int, endings: Endings, strict: bool, judged: int) -> None:
