@@ -239,12 +239,14 @@ def outlives_ranks() -> bool:
 
 @contextmanager
 def _noticing() -> Iterator[None]:
-    """Raise `RankLostError` for MPI's errors that say so."""
+    """Raise `RankLostError` for MPI's errors that say so, or say nothing: over TCP a lost rank may be one of those."""
     mpi = load_mpi()
     try:
         yield
     except mpi.Exception as error:
-        if error.Get_error_class() in (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED):
+        lost = (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED)
+        unclear = (mpi.ERR_OTHER, mpi.ERR_INTERN, mpi.ERR_UNKNOWN)
+        if error.Get_error_class() in (*lost, *(unclear if outlives_ranks() else ())):
             raise RankLostError(f"a rank is lost ({error})") from error
         raise
 

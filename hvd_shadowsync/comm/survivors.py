@@ -10,11 +10,12 @@ from typing import TypeVar
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.whereabouts import CALL, RECOVERY, Whereabouts
 from hvd_shadowsync.ending import note_lost
-from hvd_shadowsync.errors import RankLostError
+from hvd_shadowsync.errors import RankLostError, TransportError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+MOST_IN_VAIN = 5
 
 
 class Survivors:
@@ -34,6 +35,7 @@ class Survivors:
         self._on_loss = on_loss
         self._everyone = comm.members
         self._failed = False
+        self._in_vain = 0
         self.hosts: dict[int, str] = {}
         """The name of the host of each rank, by its number, for messages; whoever knows them sets it."""
         self.whereabouts = Whereabouts()
@@ -93,6 +95,12 @@ class Survivors:
         if not self._failed:
             self.comm.agree(False)
         self.comm, self._failed = self.comm.survivors(), False
+        self._in_vain = self._in_vain + 1 if self.comm.size == len(before) else 0
+        if self._in_vain > MOST_IN_VAIN:
+            raise TransportError(
+                f"MPI has failed {self._in_vain} times though all {self.comm.size} ranks are there; see its messages "
+                "above, and whether the network is up"
+            )
         took_s = time.monotonic() - begun
         self.recovery_s += took_s
         note_lost(self.lost)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import ranks
@@ -71,7 +72,9 @@ def die(how: str) -> NoReturn:
     if how == "segmentation fault":
         ctypes.string_at(0)
     if how == "host":
-        os.kill(os.getppid(), signal.SIGKILL)  # Open MPI's daemon there, or mpirun itself
+        status = Path(f"/proc/{os.getppid()}/stat").read_text()  # of what runs this program
+        above = status.rpartition(")")[2].split()[1]
+        os.kill(int(above), signal.SIGKILL)  # Open MPI's daemon there, or mpirun itself
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("not reached")
 
@@ -128,7 +131,7 @@ class Training:
 
     def __init__(self) -> None:
         self.model = model_of(ranks.RANK)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.6 / OPTIONS.get("width", 12), momentum=0.9)
         self.sync = ShadowSync(self.optimizer, model=self.model, **handle_options())
         self.data = Data(ranks.RANK)
         self.steps, self.longest_s = 0, 0.0
