@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_shadowsync.checkpointing import manifest as manifests
 from hvd_shadowsync.checkpointing.manifest import MANIFEST, Manifest, Written
+from hvd_shadowsync.durable import flush
 from hvd_shadowsync.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -133,16 +133,6 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def flush(folder: Path) -> None:
-    """Have the names in `folder` on disk, where the file system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hvd_shadowsync.checks import check_count
+from hvd_shadowsync.durable import flush
 from hvd_shadowsync.embedding.holding import BLOCK_ROWS, WEIGHT, Holding, holdings
 from hvd_shadowsync.embedding.placement import RowRange, Shard
 from hvd_shadowsync.embedding.saved import FORMAT, INDEX, OURS, VERSION, Saved
@@ -68,7 +69,7 @@ def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
         _remove(folder, lambda found: found == generation)
         raise
     if module.rank == 0:
-        _flush(folder)
+        flush(folder)
         _remove(folder, lambda found: found != generation)
 
 
@@ -213,7 +214,7 @@ def write_shards(
             "tensors": tensors,
         })  # fmt: skip
     writer.flush()
-    _flush(folder)
+    flush(folder)
     return described
 
 
@@ -313,16 +314,6 @@ def _remove(folder: Path, which: Callable[[str], bool]) -> None:
                 path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("files that are not needed stay in %s: %s", folder, error)
-
-
-def _flush(folder: Path) -> None:
-    """Have the names in `folder` on disk, where the file system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _trying(folder: Path, task: Callable[[], Any]) -> tuple[str | None, Any]:

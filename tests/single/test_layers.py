@@ -31,7 +31,7 @@ def part(module: str) -> str:
 
 LAYERS = [
     ["rank"],
-    ["errors", "checks", "libraries", "gpus", "ending"],
+    ["errors", "checks", "libraries", "gpus", "ending", "durable"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned", "finite"],
     ["algorithms"],

@@ -187,6 +187,23 @@ def test_only_the_lost_shard_of_a_center_is_made_anew() -> None:
     assert torch.equal(torch.cat([left, right]), torch.cat([centers[0], centers[1], mean[4:]]))
 
 
+def test_a_call_counts_only_where_all_come_through_it() -> None:
+    """Rank 1 finds a rank lost in a call that the others have come through: all call again."""
+
+    def program(comm: Communicator) -> tuple[int, list[int]]:
+        calls: list[int] = []
+
+        def call(comm: Communicator) -> int:
+            calls.append(comm.size)
+            if comm.rank == 1 and len(calls) == 1:
+                raise RankLostError("for a test")
+            return len(calls)
+
+        return Survivors(comm).together(call), calls
+
+    assert local.run(3, program, timeout_s=TIMEOUT_S, kill={}) == [(2, [3, 3])] * 3
+
+
 # --- a job that does not outlive its ranks ----------------------------------------------------------------------------
 
 
