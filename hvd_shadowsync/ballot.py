@@ -52,8 +52,8 @@ class Ballot:
         spent_us: CPU time that it has spent on synchronisation since its last vote, microseconds.
         cost_us: how long after the last round began the next could, as to the way it was sent, microseconds.
         gives_up: whether it has waited too long for the ranks to have the same parameters.
-        bad: how often in a row its replica has had NaN or infinity, this time included; 0 if it has none. It is to take
-            over what the others make of theirs then.
+        bad: 0 if its replica has no NaN or infinity. Else it is to take over what the others make of theirs, and this
+            is how often in a row it had some, this time included; 1 if it had some while others made progress.
     """
 
     intent: Intent
@@ -72,7 +72,7 @@ class Ballot:
 
 NUM_FIELDS = 7
 HOPELESS = 3
-"""So often in a row all ranks that train may have bad numbers, where those that wait have good ones."""
+"""So often in a row a rank that trains may have bad numbers while all that train do, and only others have good ones."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Count:
     most_cost_us: int
     gives_up: bool
     all_bad: bool
+    any_progress: bool
+    """Whether a replica that counts is good."""
 
 
 def count(votes: Tensor, agreed_layout: int) -> Count:
@@ -94,9 +96,11 @@ def count(votes: Tensor, agreed_layout: int) -> Count:
     weights = weights_of(counts, bad)
     verdict = _verdict(set(intents), set(layouts), agreed_layout)
     most_spent_us, most_cost_us = max(spent_us), max(cost_us)
+    counting = [ill for each, ill in zip(counts, bad, strict=True) if each]
     return Count(
-        verdict, weights, tuple(map(Intent, intents)), most_spent_us, most_cost_us, any(give_up), _all_bad(counts, bad)
-    )
+        verdict, weights, tuple(map(Intent, intents)), most_spent_us, most_cost_us, any(give_up),
+        all_bad=all(bad) or _is_hopeless(counting), any_progress=not all(counting),
+    )  # fmt: skip
 
 
 def weights_of(counts: Sequence[float], bad: Sequence[int]) -> tuple[float, ...]:
@@ -107,10 +111,9 @@ def weights_of(counts: Sequence[float], bad: Sequence[int]) -> tuple[float, ...]
     return (1.0,) * len(bad)
 
 
-def _all_bad(counts: Sequence[int], bad: Sequence[int]) -> bool:
-    """Tell whether no replica is good, or only those of ranks without data and the rest have not kept what they got."""
-    counting = [ill for each, ill in zip(counts, bad, strict=True) if each]
-    return all(bad) or (bool(counting) and min(counting) >= HOPELESS)
+def _is_hopeless(counting: Sequence[int]) -> bool:
+    """Tell whether all ranks that train are bad, and one that was good beside others does not keep what it gets."""
+    return all(counting) and max(counting, default=0) >= HOPELESS
 
 
 def _verdict(intents: set[int], layouts: set[int], agreed_layout: int) -> Verdict:

@@ -55,12 +55,16 @@ class Health:
         """What was wrong last."""
         self._good_at = self._to_watch = self._times = 0
         self._in_a_row, self._healed_at = 0, 0
+        self._alone = False
         self._is_far = False
 
     @property
     def bad_in_a_row(self) -> int:
-        """How often it got bad without having been good after a step in between, this time included; 0 while good."""
-        return self._in_a_row + 1 if self.bad is not None else 0
+        """How often it got bad without having been good after a step in between, this time included; 0 while good.
+
+        It does not count, and this is 1, where others made progress meanwhile: then it is this rank's fault alone.
+        """
+        return 0 if self.bad is None else 1 if self._alone else self._in_a_row + 1
 
     @property
     def is_watched(self) -> bool:
@@ -84,16 +88,21 @@ class Health:
         """Take note that the snapshot of a round, begun at step `since`, had no bad number."""
         self._good_at = since
         if since > self._healed_at + 1:  # which is merged at the end of the next step
-            self._in_a_row = 0
+            self._in_a_row, self._alone = 0, False
         self._to_watch = max(0, self._to_watch - 1)
         if not self._to_watch:
             self._times = 0
 
-    def note_healed(self) -> None:
-        """Say that the replica takes over the others' numbers; of many times the 1st, 2nd, 4th, 8th..."""
+    def note_healed(self, *, others_progress: bool) -> None:
+        """Say that the replica takes over the others' numbers; of many times the 1st, 2nd, 4th, 8th...
+
+        Args:
+            others_progress: whether some of them are of a rank that trains.
+        """
         assert self.bad is not None, "it was bad"
         self._times += 1
         self._in_a_row += 1
+        self._alone = self._alone or others_progress
         self._healed_at = self._metrics.steps
         if self._times & (self._times - 1) == 0:
             logger.warning(

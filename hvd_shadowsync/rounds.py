@@ -92,6 +92,7 @@ class Rounds:
         self._health = Health(ranks.comm.members[ranks.comm.rank], ranks.comm.size, metrics, options.max_distance)
         self._last_cost_s: float | None = None
         self._idle_rounds = 0
+        self._others_progress = True
         self._steps = 0
         self._consolidated_at = -1
         self._mismatch_since: float | None = None
@@ -213,7 +214,7 @@ class Rounds:
             count = self._vote(own)
             if count.all_bad:
                 raise self._health.nobody_is_left()
-            verdict, weights = count.verdict, count.weights
+            verdict, weights, self._others_progress = count.verdict, count.weights, count.any_progress
             if self._last_cost_s is not None:
                 self._reduction.observe(count.most_cost_us)
             self._last_cost_s = None
@@ -223,6 +224,7 @@ class Rounds:
                 raise ShadowSyncError(_conflict(count.intents))
         else:
             verdict, weights = Verdict.ROUND, (1.0,) * self._comm.size
+            self._others_progress = True  # or the center's owners will know
             self.most_spent_s = 0.0
         if verdict is Verdict.MEET:
             return self._ranks.agreed(partial(_run_errand, errand))
@@ -325,7 +327,7 @@ class Rounds:
         if isinstance(self._reducer, ElasticCenter) and self._reducer.is_hopeless:
             raise self._health.nobody_is_left()
         if stage.how is Merge.ASSIGN and stage.is_whole:
-            self._health.note_healed()
+            self._health.note_healed(others_progress=self._others_progress)
             return True
         if self._health.bad is None and counted:
             self._health.note_good(self._steps)
@@ -404,7 +406,7 @@ class Rounds:
             self._finish_capture(copy)
         staged = self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
         if self._health.bad is not None:
-            self._health.note_healed()
+            self._health.note_healed(others_progress=False)  # nobody trains
             staged.heals = True
         return staged
 

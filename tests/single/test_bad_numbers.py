@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -389,6 +390,53 @@ def test_all_bad_is_an_error_on_every_rank_whatever_they_are_about(
         )
 
 
+@pytest.mark.parametrize("foreground", [False, True])
+def test_one_that_is_bad_beside_others_is_no_reason_to_end_when_they_have_no_more_data(foreground: bool) -> None:
+    """They wait for it with good replicas; that it goes on spoiling its own is known."""
+
+    def program(rank: Rank) -> list[bool]:
+        waits, healed = rank.comm.rank != 1, []
+        for turn in range(12):
+            intent = CONSOLIDATE if waits and turn >= 4 else TRAIN
+            if intent is TRAIN:
+                rank.move(1.0)
+            if not waits:
+                rank.first[0] = NAN
+            rank.metrics.steps += 1
+            staged = rank.rounds.run(intent, int(intent is TRAIN))
+            assert isinstance(staged, Staged)
+            staged.merge()
+            healed.append(staged.heals)
+            assert not waits or bool(rank.weights.isfinite().all())
+        return healed
+
+    healed = run(3, program, ModelAveraging(), foreground=foreground)
+    assert healed[0] == healed[2] == [False] * 12
+    assert healed[1] == [False] + [True] * 11
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_those_that_train_are_all_bad_again_and_again_and_one_without_data_is_good(later: int) -> None:
+    """The last of them that turned bad is the one that tells; it makes no difference whether all did so at once."""
+
+    def program(rank: Rank) -> int:
+        rounds = 0
+        with pytest.raises(ShadowSyncError, match="all replicas hold NaN or infinity"):
+            for rounds in range(12):
+                intent = CONSOLIDATE if rank.comm.rank == 0 and rounds >= 1 else TRAIN
+                if intent is TRAIN:
+                    rank.move(1.0)
+                if rank.comm.rank and rounds >= 2 + later * (rank.comm.rank - 1):
+                    rank.first[0] = NAN
+                rank.metrics.steps += 1
+                staged = rank.rounds.run(intent, int(intent is TRAIN))
+                assert isinstance(staged, Staged)
+                staged.merge()
+        return rounds
+
+    assert run(3, program, ModelAveraging()) == [5 + later] * 3
+
+
 @pytest.mark.parametrize("algorithm", [ModelAveraging(), ElasticAveraging(), BMUF()], ids=str)
 def test_all_bad_in_a_consolidation(algorithm: Algorithm) -> None:
     def program(rank: Rank) -> None:
@@ -534,12 +582,16 @@ def test_a_bad_gradient_is_healed_with_the_state_of_the_optimizer(
 def test_a_rank_with_broken_data_is_healed_again_and_again_and_the_others_learn(
     algorithm: Algorithm, driver: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    trained = threading.Event()
+
     def program(comm: Communicator) -> tuple[float, bool]:
         job = Training(comm, "SGD", algorithm=algorithm, **DRIVERS[driver])
         with job.sync as sync:
-            for _ in range(60):
+            while job.taken < 60 or not (comm.rank == 1 or driver == "foreground" or trained.is_set()):
                 job.step(spoil=NAN if comm.rank == 1 else None)
                 assert comm.rank == 1 or bool(flat(job.model).isfinite().all())
+            if comm.rank == 1:
+                trained.set()
             sync.synchronize()
             assert identical_everywhere(sync, job.model)
             assert bool(flat(job.model).isfinite().all())

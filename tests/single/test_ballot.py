@@ -113,7 +113,9 @@ def test_a_ballot_is_56_bytes_and_holds_a_fingerprint_whole() -> None:
         ([(True, 1), (True, 1)], (1.0, 1.0), True),
         ([(True, 2), (False, 0)], (0.0, 1.0), False),
         ([(True, 3), (False, 0)], (0.0, 1.0), True),
-        ([(True, 3), (True, 2), (False, 0)], (0.0, 0.0, 1.0), False),
+        ([(True, 2), (True, 1), (False, 0)], (0.0, 0.0, 1.0), False),
+        ([(True, 3), (True, 1), (False, 0)], (0.0, 0.0, 1.0), True),
+        ([(True, 3), (True, 0), (False, 0)], (0.0, 1.0, 0.0), False),
         ([(False, 9), (False, 0)], (0.0, 1.0), False),
     ],
 )
@@ -121,6 +123,7 @@ def test_bad_replicas_weigh_nothing(given: list[tuple[bool, int]], weights: tupl
     """Those of ranks without data heal the others, unless it does not help."""
     found = counted(*(Ballot(TRAIN, counts, OLD, bad=bad) for counts, bad in given))
     assert (found.weights, found.all_bad) == (weights, all_bad)
+    assert found.any_progress == any(counts and not bad for counts, bad in given)
 
 
 @hypothesis.given(given=strategies.lists(ballots, min_size=1, max_size=5))
