@@ -30,7 +30,8 @@ PYTHONS = ("python", "python3")
 PROBE_TIMEOUT_S = 60
 GRACE_S = 10.0
 LOST_CODE = 3
-BEGINNING_S = 10.0
+BEGINNING_S = 60.0
+"""How long ranks may take from MPI_Init to the import of this package, where one is gone that may not have begun."""
 SECRET = re.compile("TOKEN(?!I)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|KEY(?!BOARD)", re.IGNORECASE)
 """Names whose values are shown to nobody."""
 CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
@@ -336,8 +337,8 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
 def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     """Copy the child's stderr, line by line, until it ends.
 
-    Where a rank has ended before it had begun, and none is heard to begin for a while, the others wait for it in
-    MPI_Init: the job is ended then.
+    Where a rank has ended before it had begun, and none is heard to begin for a minute, the others wait for it in
+    MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that.
     """
     assert child.stderr is not None, "it is a pipe"
 

@@ -115,6 +115,20 @@ def test_a_rank_is_killed_before_there_is_a_handle(tmp_path: Path) -> None:
     assert "shadowrun: lost ranks: 1; 2 came to their end" in outcome.errors
 
 
+@pytest.mark.parametrize(("way", "code"), [("os._exit(5)", 5), ("os.kill(os.getpid(), 9)", 137)])
+def test_a_rank_ends_before_mpi_is_initialised(way: str, code: int, tmp_path: Path) -> None:
+    """The others wait for it in MPI_Init, where nothing tells them."""
+    ends = f"if os.environ['OMPI_COMM_WORLD_RANK'] == '1': {way}"
+    program = f"import os\n{ends}\nimport hvd_shadowsync.torch as hvd\nhvd.init()"
+    start = "import sys; from hvd_shadowsync import run; run.BEGINNING_S = 1.0; sys.exit(run.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "-np", "3", "--fault-tolerant", "python", "-c", program]
+    outcome = launch(command, tmp_path / "job", timeout_s=TIMEOUT_S, environ=ONE_HOST)
+    assert not outcome.verdict, outcome.verdict + outcome.text
+    assert outcome.code == code, outcome.text
+    assert "shadowrun: rank 1 ended with code" in outcome.errors, outcome.text
+    assert "before MPI was initialised: the job ends" in outcome.errors, outcome.text
+
+
 def test_a_rank_is_killed_in_the_construction_of_its_handle(tmp_path: Path) -> None:
     faults = [fault(1, "construction")]
     outcome = run(3, faults, tmp_path)
