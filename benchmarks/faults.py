@@ -239,7 +239,7 @@ class Job:
         if kind == "exception" and self.settings["warmup_steps"] > self.fault["step"]:
             return [1]  # an exception before the rounds begin ends the whole job
         if len(killed - set(ended)) == size:
-            return [1]
+            return [1, 137]  # the latter where none had begun
         codes = [0, 1] if len(killed) == size else [0]
         if not self.settings["strict"] or not killed:
             return codes

@@ -9,6 +9,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -57,10 +58,11 @@ class Checkpointer:
     written by their owners' threads, each row as it is at that moment.
 
     A checkpoint is a folder `step-<N>` with `model.pt`, as `checkpoint.save` writes it, a folder for each
-    `ShardedEmbeddingBag`, and `manifest.json` with sizes and checksums. It is written under a hidden name and renamed
-    once all of it is on disk, so a kill at any moment leaves the earlier ones. A copy with NaN or infinity is not
-    written. What cannot be written, for that or for a full disk or a folder that is missing or read-only, is logged as
-    an error and counted; training goes on, and the next interval tries again, at construction as well.
+    `ShardedEmbeddingBag`, which has the rows of lost ranks from there (its `recover_from`), and `manifest.json` with
+    sizes and checksums. It is written under a hidden name and renamed once all of it is on disk, so a kill at any
+    moment leaves the earlier ones. A copy with NaN or infinity is not written. What cannot be written, for that or for
+    a full disk or a folder that is missing or read-only, is logged as an error and counted; training goes on, and the
+    next interval tries again, at construction as well.
 
     A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
@@ -119,7 +121,11 @@ class Checkpointer:
         self._begun_at_step: int | None = None
         if self._writes:
             self._prepare()
-        self._tables = Tables(_tables_of(model), sync.rank, sync.size)
+        tables = _tables_of(model)
+        for name, module in tables.items():
+            if module.recover_from is None:
+                module.recover_from = partial(_newest, self._folder, name)
+        self._tables = Tables(tables)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
         self._signals = EndSignals(numbers)
@@ -390,6 +396,12 @@ def _signal_of(number: int) -> signal.Signals:
         return signal.Signals(number)
     except ValueError as error:
         raise ValueError(f"end_signals has {number!r}, which is no signal; give such as signal.SIGTERM") from error
+
+
+def _newest(folder: Path, name: str) -> Path | None:
+    """Return where the newest checkpoint has the tables `name`."""
+    latest = folders.latest(folder)
+    return None if latest is None else latest / name
 
 
 def _tables_of(model: torch.nn.Module) -> dict[str, ShardedEmbeddingBag]:

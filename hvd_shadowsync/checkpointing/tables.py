@@ -22,6 +22,7 @@ from hvd_shadowsync.checkpointing.content import require_finite
 from hvd_shadowsync.checkpointing.folder import Draft, under_way, write_whole
 from hvd_shadowsync.checkpointing.manifest import Written
 from hvd_shadowsync.embedding import files
+from hvd_shadowsync.embedding.holding import Group
 from hvd_shadowsync.embedding.saved import INDEX
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.errors import CheckpointError
@@ -38,11 +39,10 @@ class Tables:
 
     Args:
         modules: by the folder's name below a checkpoint's.
-        rank, size: of those that synchronise.
     """
 
-    def __init__(self, modules: dict[str, ShardedEmbeddingBag], rank: int, size: int) -> None:
-        self._modules, self._rank, self._size = modules, rank, size
+    def __init__(self, modules: dict[str, ShardedEmbeddingBag]) -> None:
+        self._modules = modules
         self._answered: set[str] = set()
 
     def __bool__(self) -> bool:
@@ -52,22 +52,26 @@ class Tables:
         """Have all ranks write their rows into `draft`, then write the indexes; on the rank that has the draft.
 
         Raises:
-            CheckpointError: a rank could not, or has not within `TIMEOUT_S`, or it is not wanted any more.
+            CheckpointError: a rank could not, or has not within `TIMEOUT_S`, or was lost, or it is not wanted any more.
             OSError, SafetensorError: this rank could not.
         """
+        groups = self._groups()
+        comm = next(iter(groups.values())).comm
         generation = uuid.uuid4().hex[:12]
         for name in self._modules:
             (draft.path / name).mkdir()
         write_whole(draft.path / REQUEST, json.dumps({"generation": generation}).encode())
         own = self._write_own(draft.path, generation)
-        everyone = [own if rank == self._rank else {} for rank in range(self._size)]
+        everyone = {number: own if rank == comm.rank else {} for rank, number in enumerate(comm.members)}
         deadline = time.monotonic() + TIMEOUT_S
-        while missing := [rank for rank, done in enumerate(everyone) if not done]:
-            for rank in missing:
-                everyone[rank] = _read_done(draft.path / _name(rank))
-            if not all(everyone):
+        while missing := [number for number, done in everyone.items() if not done]:
+            for number in missing:
+                everyone[number] = _read_done(draft.path / _name(number))
+            if not all(everyone.values()):
                 _require(time.monotonic() < deadline and still_wanted(), missing[0])
                 time.sleep(PAUSE_S)
+            if self._groups() != groups or any(done["members"] != own["members"] for done in everyone.values() if done):
+                raise CheckpointError("a rank with rows of the sharded tables was lost meanwhile")
         self._bring_together(draft, generation, everyone)
 
     def answer(self, folder: Path, job: str) -> None:
@@ -84,29 +88,39 @@ class Tables:
                 generation = json.loads((path / REQUEST).read_bytes())["generation"]
                 done = self._write_own(path, generation)
             except (OSError, CheckpointError, SafetensorError) as error:
-                done = {"failure": str(error)}
-            write_whole(path / _name(self._rank), json.dumps(done).encode())
+                done = {"failure": str(error), "members": self._members()}
+            comm = next(iter(self._modules.values())).group.comm
+            write_whole(path / _name(comm.members[comm.rank]), json.dumps(done).encode())
 
     def _write_own(self, path: Path, generation: str) -> Done:
         tables, written = {}, {}
-        for name, module in self._modules.items():
+        members = self._members()
+        for name, group in self._groups().items():
             tables[name] = files.write_shards(
-                path / name, generation, module, file_bytes=FILE_BYTES, look_at=_copied_if_finite
+                path / name, generation, self._modules[name], group, file_bytes=FILE_BYTES, look_at=_copied_if_finite
             )
             for file in files.files_of(tables[name]):
                 found = Written.of(path / name / file)
                 written[f"{name}/{file}"] = [found.num_bytes, found.sha256]
-        return {"tables": tables, "files": written}
+        return {"tables": tables, "files": written, "members": members}
 
-    def _bring_together(self, draft: Draft, generation: str, everyone: list[Done]) -> None:
-        for rank, done in enumerate(everyone):
+    def _groups(self) -> dict[str, Group]:
+        return {name: module.group for name, module in self._modules.items()}
+
+    def _members(self) -> dict[str, list[int]]:
+        return {name: list(group.comm.members) for name, group in self._groups().items()}
+
+    def _bring_together(self, draft: Draft, generation: str, everyone: dict[int, Done]) -> None:
+        for rank, done in everyone.items():
             if "failure" in done:
                 raise CheckpointError(f"rank {rank}: {done['failure']}")
             draft.files.update({name: Written(*each) for name, each in done["files"].items()})
             (draft.path / _name(rank)).unlink(missing_ok=True)
         (draft.path / REQUEST).unlink()
         for name, module in self._modules.items():
-            files.write_index(draft.path / name, generation, module, [done["tables"][name] for done in everyone])
+            files.write_index(
+                draft.path / name, generation, module, [done["tables"][name] for done in everyone.values()]
+            )
             index = f"{name}/{INDEX}"
             draft.files[index] = Written.of(draft.path / index)
 

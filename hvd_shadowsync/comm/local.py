@@ -131,6 +131,7 @@ class _Shared:
         self.changed = threading.Condition()
         self.collectives: dict[int, _Collective] = {}
         self.mailboxes: list[list[_Letter]] = [[] for _ in hosts]
+        self.receives: list[list[_Receive]] = [[] for _ in hosts]
         self.parts: dict[tuple[int, int], _Shared] = {}
 
     def join(
@@ -209,8 +210,10 @@ class _Segments:
         """Threads of one interpreter see each other's writes in order."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Receive:
+    """A receive; of several that fit, a message is for the one that was begun first."""
+
     shared: _Shared
     rank: int
     tensor: Tensor
@@ -218,15 +221,22 @@ class _Receive:
     tag: int
     done: bool = False
 
-    def test(self) -> bool:
-        mailbox = self.shared.mailboxes[self.rank]
+    def __post_init__(self) -> None:
         with self.shared.changed:
-            for letter in mailbox if not self.done else []:
-                if (letter.source, letter.tag) == (self.source, self.tag):
+            self.shared.receives[self.rank].append(self)
+
+    def test(self) -> bool:
+        mailbox, receives = self.shared.mailboxes[self.rank], self.shared.receives[self.rank]
+        with self.shared.changed:
+            for letter in list(mailbox) if not self.done else []:
+                first = next(
+                    (each for each in receives if (each.source, each.tag) == (letter.source, letter.tag)), None
+                )
+                if first is not None:
                     mailbox.remove(letter)
-                    letter.irecv(self.tensor)
-                    self.done = True
-                    break
+                    receives.remove(first)
+                    letter.irecv(first.tensor)
+                    first.done = True
         if not self.done:
             self.shared.require_whole(waiting_for={self.source})
         return self.done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -12,7 +13,6 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding.carrier import Carrier, Way
 from hvd_shadowsync.embedding.inputs import Batch, empty_batch
-from hvd_shadowsync.embedding.lost import telling_lost_rows
 from hvd_shadowsync.embedding.meeting import Call, Meetings, Word, takes_part
 from hvd_shadowsync.embedding.messages import Messages
 from hvd_shadowsync.embedding.onehost import OneHost
@@ -28,7 +28,9 @@ class Exchange:
         wire_dtype: of vectors and gradients on their way; None: as they are.
         sum_gradients: leave the scale of gradients as it is, in place of each rank's share of the global batch.
         share_memory: let ranks that are all on one host, and have no `wire_dtype`, do without messages.
-        debug: see `Meetings`.
+        debug, owner: see `Meetings`.
+        view: how often ranks have been lost; what was begun in an earlier one is void.
+        traffic: so far; lookups are numbered from there.
     """
 
     def __init__(
@@ -41,11 +43,14 @@ class Exchange:
         sum_gradients: bool,
         share_memory: bool,
         debug: bool,
+        owner: threading.Thread | None = None,
+        view: int = 0,
+        traffic: Traffic | None = None,
     ) -> None:
         self._comm, self._router, self._poller = comm, router, poller
         self._wire_dtype, self._sum_gradients = wire_dtype, sum_gradients
-        self.meetings = Meetings(comm, poller, debug=debug)
-        self.traffic = Traffic()
+        self.meetings = Meetings(comm, poller, debug=debug, owner=owner)
+        self._view, self.traffic = view, Traffic() if traffic is None else traffic
         self._messages = Messages(comm, router, poller, self.traffic, wire_dtype)
         share = share_memory and wire_dtype is None
         self._host = OneHost.of(comm, router, poller, self.traffic, self.meetings) if share else None
@@ -53,7 +58,6 @@ class Exchange:
         self._served: dict[int, Lookup] = {}
         self._begun: weakref.WeakValueDictionary[int, Lookup] = weakref.WeakValueDictionary()
 
-    @telling_lost_rows
     def lookup(self, batch: Batch, *, wants_gradient: bool, dtype: torch.dtype) -> Lookup:
         """Look `batch` up; the vectors are in `Lookup.out`, [samples, width] (collective).
 
@@ -86,14 +90,23 @@ class Exchange:
 
     def stage(self, lookup: Lookup, gradient: Tensor, *, keep: bool) -> Tensor:
         """See `Carrier.stage`; may be called by another thread."""
+        if lookup.view != self._view:
+            return gradient
         return self._carrier_of(lookup).stage(lookup, gradient, keep=keep)
 
-    @telling_lost_rows
     def update(self, lookup: Lookup, gradient: Tensor, *, trails: bool = False) -> None:
         """Update the rows that `lookup` touched; `gradient` is what was staged (collective).
 
         A rank that `trails` has no more batches: it takes part in lookups that others make before this update.
+
+        Of lookups from before a rank was lost nothing is updated; where others have looked up once more since, this
+        rank takes part with nothing of its own.
         """
+        if lookup.view != self._view:
+            if lookup.number not in self._served:
+                return
+            lookup = self._served.pop(lookup.number)
+            gradient = lookup.out
         exponent = exponent_of(gradient, self._wire_dtype)
         while True:
             words = self._meet(
@@ -108,7 +121,6 @@ class Exchange:
             self._serve(Call.LOOKUP, words, gradient.dtype)
         self._update(lookup, gradient, exponent, words)
 
-    @telling_lost_rows
     def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
         """Take part in what the others do, without a batch, until all are here, or all are closing (collective)."""
         own = Call.CLOSE if closing else Call.JOIN
@@ -123,11 +135,19 @@ class Exchange:
                     self._served.clear()
                 return
 
+    def serve_lookup(self, dtype: torch.dtype) -> None:
+        """Take part in one lookup of others, without a batch (collective)."""
+        number = self.traffic.lookups + 1
+        while self.traffic.lookups < number:
+            self._serve(Call.LOOKUP, self._meet(Call.JOIN), dtype)
+
     def free(self) -> None:
         """Give back what this object made: nothing."""
 
     def leave_unused(self, lookup: Lookup) -> None:
         """Say that `lookup` will have no gradient here; while this rank serves others, it counts as zero."""
+        if lookup.view != self._view:
+            return
         self._begun.pop(lookup.number, None)
         lookup.out = self.stage(lookup, torch.zeros_like(lookup.out), keep=True)
         remember(self._served, lookup.number, lookup)
@@ -181,7 +201,8 @@ class Exchange:
         total = sum(word.samples for word in words)
         scales = [1.0 if self._sum_gradients else word.samples / total if total else 0.0 for word in words]
         number = self.traffic.lookups + 1  # the same on all ranks, which take part in all of them
-        return Lookup(number, asked, [[] for _ in words], scales, batch, torch.empty(0, dtype=dtype))
+        out = torch.empty(0, dtype=dtype)
+        return Lookup(number, asked, [[] for _ in words], scales, batch, out, view=self._view)
 
     def _carrier(self, words: list[Word]) -> tuple[Carrier, bool]:
         """Return how batches go, and whether they are all ready to; else the ranks meet again (the same on all)."""

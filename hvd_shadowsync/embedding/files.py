@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hvd_shadowsync.checks import check_count
 from hvd_shadowsync.durable import flush
-from hvd_shadowsync.embedding.holding import BLOCK_ROWS, WEIGHT, Holding, holdings
+from hvd_shadowsync.embedding.holding import BLOCK_ROWS, WEIGHT, Group, Holding, holdings
 from hvd_shadowsync.embedding.placement import RowRange, Shard
 from hvd_shadowsync.embedding.saved import FORMAT, INDEX, OURS, VERSION, Saved
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
@@ -56,19 +56,19 @@ def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
         TypeError: `module` is something else.
     """
     _require_module(module)
-    enter(module, "save()")
+    group = enter(module, "save()")
     folder = Path(folder)
-    generation = agree(module, "save(): begun", None, uuid.uuid4().hex[:12])[0]
+    generation = agree(module, group, "save(): begun", None, uuid.uuid4().hex[:12])[0]
     try:
-        failure, written = _trying(folder, lambda: write_shards(folder, generation, module))
-        everyone = agree(module, "save(): written", failure, written)
-        if module.rank == 0:
+        failure, written = _trying(folder, lambda: write_shards(folder, generation, module, group))
+        everyone = agree(module, group, "save(): written", failure, written)
+        if group.comm.rank == 0:
             failure, _ = _trying(folder, lambda: write_index(folder, generation, module, everyone))
-        agree(module, "save(): complete", failure)
+        agree(module, group, "save(): complete", failure)
     except CheckpointError:  # no rank has replaced the index
         _remove(folder, lambda found: found == generation)
         raise
-    if module.rank == 0:
+    if group.comm.rank == 0:
         flush(folder)
         _remove(folder, lambda found: found != generation)
 
@@ -89,19 +89,19 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
         ShadowSyncError: `module` is closed.
     """
     _require_module(module)
-    enter(module, "load()")
+    group = enter(module, "load()")
     folder = Path(folder)
-    failure, reader = _trying(folder, lambda: Saved(folder).examined(module))
-    generations = agree(module, "load(): looked at", failure, reader and reader.generation)
+    failure, reader = _trying(folder, lambda: Saved(folder).examined(module, group))
+    generations = agree(module, group, "load(): looked at", failure, reader and reader.generation)
     if others := [rank for rank, each in enumerate(generations) if each != generations[0]]:
         raise CheckpointError(
             f"rank 0 and rank {others[0]} find different checkpoints in {folder}; give a folder that all hosts see, "
             "and do not save into it meanwhile"
         )
     assert reader is not None
-    failure, _ = _trying(folder, lambda: reader.fill_all(module))
-    agree(module, "load(): loaded", failure)
-    if module.rank == 0 and (anew := reader.without_state(module)):
+    failure, _ = _trying(folder, lambda: reader.fill_all(module, group))
+    agree(module, group, "load(): loaded", failure)
+    if group.comm.rank == 0 and (anew := reader.without_state(module, group)):
         logger.warning("the optimizer's state begins anew for %s: %s has none that fits", ", ".join(anew), folder)
 
 
@@ -170,6 +170,7 @@ def write_shards(
     folder: Path,
     generation: str,
     module: ShardedEmbeddingBag,
+    group: Group,
     *,
     file_bytes: int | None = None,
     look_at: Callable[[str, Tensor], Tensor] | None = None,
@@ -184,6 +185,7 @@ def write_shards(
         folder: of the tables alone; it is made where its parent exists.
         generation: 12 hexadecimal digits, the same on every rank and in no other save.
         module: the tables.
+        group: their ranks, `module.group`.
         file_bytes: at most about so many bytes a file, and in memory at a time; default 1 GiB.
         look_at: is given a name and rows, and returns what is written in their place; default None, the rows.
 
@@ -193,20 +195,21 @@ def write_shards(
     with suppress(FileExistsError):
         folder.mkdir()
     file_bytes = FILE_BYTES if file_bytes is None else file_bytes
-    described, writer = [], _Writer(folder, generation, module.rank, file_bytes)
-    for holding in holdings(module):
-        if holding.steps is None and module.rank:
+    number = group.comm.members[group.comm.rank]  # of no other rank, even while some know of a lost one already
+    described, writer = [], _Writer(folder, generation, number, file_bytes)
+    for place, holding in enumerate(holdings(module, group)):
+        if holding.steps is None and group.comm.rank:
             continue
         tensors: dict[str, list[_Described]] = {slot: [] for slot in holding.slots}
         for slot, tensor in holding.slots.items():
             rows = max(1, file_bytes // tensor[:1].nbytes)
             for first in range(0, len(tensor), rows):
-                key = f"{module.tables[holding.shard.table].name}/{slot}/{first}"
+                key = f"{module.tables[holding.shard.table].name}/{slot}/{place}/{first}"
                 part = tensor[first : first + rows].cpu().contiguous()
                 tensors[slot].append(writer.add(key, first, part if look_at is None else look_at(key, part)))
         described.append({
             "table": holding.shard.table,
-            "rank": module.rank,
+            "rank": number,
             "rows": asdict(holding.shard.rows),
             "columns": holding.shard.columns,
             "steps": None if holding.steps is None else int(holding.steps),
@@ -285,7 +288,7 @@ def write_index(
         "format": FORMAT,
         "version": VERSION,
         "generation": generation,
-        "world_size": module.size,
+        "world_size": len(everyone),
         "optimizer": {"name": type(rule).__name__, "settings": asdict(rule), "slots": rule.slots},
         "tables": [_table_described(index, table, everyone) for index, table in enumerate(module.tables)],
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +15,41 @@ from hvd_shadowsync.embedding.placement import Plan, RowHash, RowRange, Shard
 from hvd_shadowsync.embedding.shards import Shards
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 
+T = TypeVar("T")
+
 WEIGHT = "weight"
 BLOCK_ROWS = 1 << 16
+
+
+class Group(NamedTuple):
+    """The ranks that are there from one loss of a rank to the next, and which of them holds what.
+
+    Attributes:
+        comm: all of them.
+        plan: by their ranks in `comm`.
+        shards: this rank's.
+        meetings: where they say what they are about.
+    """
+
+    comm: Communicator
+    plan: Plan
+    shards: Shards
+    meetings: Meetings
 
 
 class Sharded(Protocol):
     """What is asked of a `ShardedEmbeddingBag`."""
 
     tables: tuple[EmbeddingTable, ...]
-    plan: Plan
-    shards: Shards
     replicated: nn.Module
-    _comm: Communicator
     _dtype: torch.dtype
 
     @property
-    def rank(self) -> int:
-        """This rank."""
+    def group(self) -> Group:
+        """As it is now; where ranks are lost another one takes its place, perhaps in another thread."""
 
-    @property
-    def size(self) -> int:
-        """Ranks."""
-
-    @property
-    def meetings(self) -> Meetings:
-        """Where all ranks say what they are about."""
+    def together(self, call: Callable[[], T]) -> T:
+        """Do what all ranks do together; again where one is lost meanwhile."""
 
     def join(self) -> None:
         """Serve others."""
@@ -63,16 +74,21 @@ class Holding(NamedTuple):
     steps: Tensor | None
 
 
-def holdings(module: Sharded) -> list[Holding]:
+def holdings(module: Sharded, group: Group) -> list[Holding]:
     """Return what this rank holds, replicated tables last."""
-    found = []
-    for index, shard in enumerate(module.shards.owned):
-        weight, state, steps = module.shards[index]
-        found.append(Holding(shard, {WEIGHT: weight, **state}, steps))
-    for index in module.plan.replicated:
+    found = of_shards(group.shards)
+    for index in group.plan.replicated:
         weight = getattr(module.replicated, module.tables[index].name).detach()
-        found.append(Holding(everything(module.tables[index], index, module.rank), {WEIGHT: weight}, None))
+        found.append(Holding(everything(module.tables[index], index, group.comm.rank), {WEIGHT: weight}, None))
     return found
+
+
+def of_shards(shards: Shards) -> list[Holding]:
+    """Return shards as what a rank holds."""
+    return [
+        Holding(shard, {WEIGHT: rows.weight, **rows.state}, rows.steps)
+        for shard, rows in zip(shards.owned, map(shards.__getitem__, range(len(shards))), strict=True)
+    ]
 
 
 def everything(table: EmbeddingTable, index: int, rank: int) -> Shard:

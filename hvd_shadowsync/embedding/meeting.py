@@ -73,17 +73,20 @@ class Word(NamedTuple):
 
 
 class Meetings:
-    """Meets all ranks of `comm`, for one thread at a time; made by the training thread.
+    """Meets all ranks of `comm`, for one thread at a time.
 
     Attributes:
+        owner: the training thread.
         held: meetings so far.
         debug: whether calls carry a fingerprint.
     """
 
-    def __init__(self, comm: Communicator, poller: Poller, *, debug: bool) -> None:
+    def __init__(
+        self, comm: Communicator, poller: Poller, *, debug: bool, owner: threading.Thread | None = None
+    ) -> None:
         self._comm, self._poller, self.debug = comm, poller, debug
         self.held = 0
-        self._owner = threading.current_thread()
+        self.owner = threading.current_thread() if owner is None else owner
         self._out = torch.zeros(comm.size, len(Word._fields), dtype=torch.int64)
         self._in = torch.zeros_like(self._out)
 
@@ -113,7 +116,7 @@ class Meetings:
         self._out[:] = torch.tensor(word)
         if sizes:
             self._out[:, 4] = torch.tensor(sizes)
-        place = nullcontext() if call in SERVING else in_lockstep(self._owner, NAMES[call])
+        place = nullcontext() if call in SERVING else in_lockstep(self.owner, NAMES[call])
         with place:
             self._poller.wait([self._comm.ialltoall(self._out, self._in)], meanwhile)
         words = [Word(*each) for each in self._in.tolist()]

@@ -182,7 +182,7 @@ class OneHost(Carrier):
             self._look_up(lookup, offer, words, dtype)
         except RankLostError:  # the others notice that by themselves
             raise
-        except BaseException:
+        except (Exception, KeyboardInterrupt, SystemExit):
             if all(each.item() != FAILED for each in self._counters):
                 self._counters[self._comm.rank].fill_(FAILED)  # the others wait for it
             raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -101,6 +102,10 @@ def hash_multiplier(num_embeddings: int) -> int:
     return candidate
 
 
+Part = tuple[int, RowRange | RowHash, tuple[int, int]]
+"""Index of a table, rows, columns."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """What one rank holds of one table.
@@ -123,6 +128,11 @@ class Shard:
         return self.columns[1] - self.columns[0]
 
     @property
+    def part(self) -> Part:
+        """What it is of which table, whoever holds it."""
+        return self.table, self.rows, self.columns
+
+    @property
     def numel(self) -> int:
         """Weights of the shard."""
         return self.rows.num_rows * self.dim
@@ -137,6 +147,7 @@ class Plan:
         world_size: ranks.
         placements: one for each table.
         costs: what the planner reckoned for each table, for the printed form; empty where it was not asked.
+        inherited: whether a rank may hold several parts of a table, as it took over those of ranks that were lost.
 
     Raises:
         ValueError: a placement does not fit its table or the world; names the table and the remedy.
@@ -146,6 +157,7 @@ class Plan:
     world_size: int
     placements: tuple[Placement, ...]
     costs: tuple[float, ...] = field(default=(), compare=False)
+    inherited: bool = False
 
     def __post_init__(self) -> None:
         check_count("world_size", self.world_size, least=1)
@@ -153,7 +165,7 @@ class Plan:
         if len(self.placements) != len(self.tables):
             raise ValueError(f"placements has {len(self.placements)} entries for {len(self.tables)} tables")
         for table, placement in zip(self.tables, self.placements, strict=True):
-            check_placement(table, placement, self.world_size)
+            check_placement(table, placement, self.world_size, inherited=self.inherited)
 
     @classmethod
     def of(cls, tables: Sequence[EmbeddingTable], world_size: int, placements: Mapping[str, Placement | str]) -> Plan:
@@ -188,6 +200,27 @@ class Plan:
     def of_rank(self, rank: int) -> tuple[Shard, ...]:
         """Return the shards that `rank` holds, in the order of `shards`."""
         return tuple(shard for shard in self.shards if shard.rank == rank)
+
+    def handed_on(self, ranks: Sequence[int | None], heirs: Mapping[Part, int] = MappingProxyType({})) -> Plan:
+        """Return where the same parts lie once some ranks are lost.
+
+        Args:
+            ranks: by rank of this plan, what its number is from now on; None where it is lost.
+            heirs: of parts that were a lost rank's, their new rank; others go, in order, to whoever holds least.
+        """
+        world = sum(rank is not None for rank in ranks)
+        holds = [0] * world
+        for shard in self.shards:
+            if (rank := ranks[shard.rank]) is not None:
+                holds[rank] += shard.numel
+        placed: list[list[int]] = [[] for _ in self.tables]
+        for shard in self.shards:
+            if (new := ranks[shard.rank]) is None:
+                new = heirs.get(shard.part, holds.index(min(holds)))
+                holds[new] += shard.numel
+            placed[shard.table].append(new)
+        placements = [replace(each, ranks=tuple(ranks)) for each, ranks in zip(self.placements, placed, strict=True)]
+        return Plan(self.tables, world, tuple(placements), self.costs, inherited=True)
 
     @property
     def replicated(self) -> tuple[int, ...]:
@@ -227,12 +260,13 @@ class Plan:
         return f"{_aligned(lines, '<>><<>')}\n\n{_aligned(ranks, '>>>')}"
 
 
-def check_placement(table: EmbeddingTable, placement: Placement, world_size: int) -> None:
+def check_placement(table: EmbeddingTable, placement: Placement, world_size: int, *, inherited: bool = False) -> None:
     """Raise unless `placement` is possible for `table` in a world of `world_size` ranks."""
     if not isinstance(placement, Placement):
         raise TypeError(f"the placement of table {table.name!r} is {placement!r}; give a Placement")
     what = f"table {table.name!r} is placed {placement.strategy} on ranks {list(placement.ranks)}"
-    if any(rank >= world_size for rank in placement.ranks) or len(set(placement.ranks)) < len(placement.ranks):
+    repeated = len(set(placement.ranks)) < len(placement.ranks) and not inherited
+    if any(rank >= world_size for rank in placement.ranks) or repeated:
         raise ValueError(f"{what}; ranks have to be different and below the world size, {world_size}")
     if placement.strategy == REPLICATED:
         if placement.ranks:

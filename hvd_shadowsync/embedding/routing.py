@@ -62,6 +62,7 @@ class Lookup:
         batch: of this rank.
         out: [samples, width], the vectors.
         rows: of features whose weights want gradients, the row of each id, by owner and place of the piece.
+        view: how often ranks had been lost before it.
         staged: by source, [samples, width], where its gradient lies when all ranks have met for the update; None for
             ranks without a batch. Empty where gradients travel in messages.
     """
@@ -73,6 +74,7 @@ class Lookup:
     batch: Batch
     out: Tensor
     rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    view: int = 0
     staged: list[Tensor | None] = field(default_factory=list)
 
 

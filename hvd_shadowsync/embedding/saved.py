@@ -17,6 +17,7 @@ from torch import Tensor
 from hvd_shadowsync.embedding.holding import (
     BLOCK_ROWS,
     WEIGHT,
+    Group,
     Holding,
     Sharded,
     compact,
@@ -28,6 +29,7 @@ from hvd_shadowsync.embedding.holding import (
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import RowHash, RowRange
 from hvd_shadowsync.embedding.shards import ROW_DTYPES
+from hvd_shadowsync.embedding.tables import EmbeddingTable
 from hvd_shadowsync.errors import CheckpointError
 
 INDEX = "index.json"
@@ -92,34 +94,42 @@ class Saved:
             raise CheckpointError(f"{self._folder} has no table {name!r}; it has {', '.join(self._tables)}")
         return self._tables[name]
 
-    def examined(self, module: Sharded) -> Saved:
+    def examined(self, module: Sharded, group: Group) -> Saved:
         """Return this reader if it has all that `module` needs."""
-        for each in module.tables:
+        self.require_sizes(module.tables)
+        if unknown := self._tables.keys() - {each.name for each in module.tables}:
+            raise CheckpointError(f"{self._folder} has table {min(unknown)!r}, which is none here; make it as well")
+        for table, holding, slots in self._wanted(module.tables, group.shards.rule, holdings(module, group)):
+            for slot in slots:
+                self.examine(table, holding, slot)
+        return self
+
+    def require_sizes(self, tables: Sequence[EmbeddingTable]) -> None:
+        """Raise unless these tables are there, in these sizes."""
+        for each in tables:
             found, wanted = self.table(each.name).shape, (each.num_embeddings, each.embedding_dim)
             if found != wanted:
                 raise CheckpointError(
                     f"table {each.name!r} is {wanted}, {found} in {self._folder}; make it of that size"
                 )
-        if unknown := self._tables.keys() - {each.name for each in module.tables}:
-            raise CheckpointError(f"{self._folder} has table {min(unknown)!r}, which is none here; make it as well")
-        for table, holding, slots in self._wanted(module):
-            for slot in slots:
-                self.examine(table, holding, slot)
-        return self
 
-    def fill_all(self, module: Sharded) -> None:
+    def fill_all(self, module: Sharded, group: Group) -> None:
         """Read all that this rank holds."""
-        for table, holding, slots in self._wanted(module):
+        self.fill_some(module.tables, group.shards.rule, holdings(module, group))
+
+    def fill_some(self, tables: Sequence[EmbeddingTable], rule: SparseOptimizer, some: Sequence[Holding]) -> None:
+        """Read what is in `some`, parts of `tables` with state as of `rule`."""
+        for table, holding, slots in self._wanted(tables, rule, some):
             for slot in slots:
                 self.fill(table, holding, slot)
-            if not self._fits(table, module.shards.rule):
-                reset_state(holding, module.shards.rule)
+            if not self._fits(table, rule):
+                reset_state(holding, rule)
             elif holding.steps is not None:
                 holding.steps.fill_(max(shard.steps or 0 for shard in table.shards))
 
-    def without_state(self, module: Sharded) -> list[str]:
+    def without_state(self, module: Sharded, group: Group) -> list[str]:
         """Return the names of the tables that need state which is not there."""
-        rule, divided = module.shards.rule, {shard.table for shard in module.plan.shards}
+        rule, divided = group.shards.rule, {shard.table for shard in group.plan.shards}
         names = [module.tables[index].name for index in sorted(divided) if rule.slots]
         return [name for name in names if not self._fits(self.table(name), rule)]
 
@@ -161,10 +171,12 @@ class Saved:
                     out[compact(ids[here] - first), slice(*shard.columns)] = tensor[compact(within[here])]
         return out
 
-    def _wanted(self, module: Sharded) -> Iterator[tuple[SavedTable, Holding, list[str]]]:
-        for holding in holdings(module):
-            table = self.table(module.tables[holding.shard.table].name)
-            yield table, holding, list(holding.slots) if self._fits(table, module.shards.rule) else [WEIGHT]
+    def _wanted(
+        self, tables: Sequence[EmbeddingTable], rule: SparseOptimizer, some: Sequence[Holding]
+    ) -> Iterator[tuple[SavedTable, Holding, list[str]]]:
+        for holding in some:
+            table = self.table(tables[holding.shard.table].name)
+            yield table, holding, list(holding.slots) if self._fits(table, rule) else [WEIGHT]
 
     def _fits(self, table: SavedTable, rule: SparseOptimizer) -> bool:
         """Tell whether the table's state is that of `rule`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.service import Service
 from hvd_shadowsync.embedding.inputs import Batch
 from hvd_shadowsync.embedding.kernels.base import Bags
-from hvd_shadowsync.embedding.lost import telling_lost_rows
 from hvd_shadowsync.embedding.meeting import Call, Meetings, Word
 from hvd_shadowsync.embedding.routing import KEPT, Lookup, Router, Run, Traffic, exponent_of, pack, remember, unpack
 from hvd_shadowsync.errors import EmbeddingError
@@ -37,6 +37,9 @@ class Served:
         comm: used by this object alone, for meetings; it makes two more.
         wire_dtype: of vectors and gradients on their way; None: as they are.
         scale: of each rank's gradients.
+        owner: see `Meetings`.
+        view: how often ranks have been lost; what was begun in an earlier one is void.
+        traffic: so far; lookups are numbered from there.
     """
 
     def __init__(
@@ -49,23 +52,25 @@ class Served:
         wire_dtype: torch.dtype | None,
         scale: float,
         debug: bool,
+        owner: threading.Thread | None = None,
+        view: int = 0,
+        traffic: Traffic | None = None,
     ) -> None:
         self._comm, self._router, self._poller = comm, router, poller
         self._dtype, self._wire_dtype, self._scale = dtype, wire_dtype, scale
-        self.meetings = Meetings(comm, poller, debug=debug)
-        self.traffic = Traffic()
+        self.meetings = Meetings(comm, poller, debug=debug, owner=owner)
+        self._view, self.traffic = view, Traffic() if traffic is None else traffic
         self._pair = comm.dup(), comm.dup()
         self._service = Service(*self._pair, self._answer, None, poller, max(comm.size, 2))
         self._tickets = 0
         self._received: list[dict[int, list[Bags]]] = [{} for _ in range(comm.size)]
 
-    @telling_lost_rows
     def lookup(self, batch: Batch, *, wants_gradient: bool, dtype: torch.dtype) -> Lookup:
         """Look `batch` up, serving others meanwhile."""
         router = self._router
         asked = router.ask(batch)
         self._tickets += 1
-        lookup = Lookup(self._tickets, asked, [], [], batch, router.output(batch, dtype))
+        lookup = Lookup(self._tickets, asked, [], [], batch, router.output(batch, dtype), view=self._view)
         router.look_up_own(lookup)
         tag = self._tickets % TICKETS * 2 + LOOKUP
         calls, replies = [], {}
@@ -88,9 +93,13 @@ class Served:
         """See `Carrier.stage`."""
         return self._router.of_sums(lookup, gradient, keep=keep)
 
-    @telling_lost_rows
     def update(self, lookup: Lookup, gradient: Tensor, *, trails: bool = False) -> None:
-        """Give the owners their gradients; return when they have applied them, serving others meanwhile."""
+        """Give the owners their gradients; return when they have applied them, serving others meanwhile.
+
+        Those of lookups from before a rank was lost nobody is given.
+        """
+        if lookup.view != self._view:
+            return
         router = self._router
         exponent = exponent_of(gradient, self._wire_dtype)
         tag = lookup.number % TICKETS * 2 + UPDATE
@@ -118,7 +127,6 @@ class Served:
     def leave_unused(self, lookup: Lookup) -> None:
         """See `Exchange.leave_unused`: nothing is to be done, since nobody waits for a gradient."""
 
-    @telling_lost_rows
     def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
         """Serve until all ranks are closing (collective); nothing else: ranks that join serve anyway."""
         if closing:
@@ -133,7 +141,6 @@ class Served:
         for comm in self._pair:
             comm.free()
 
-    @telling_lost_rows
     def serve_some(self) -> bool:
         """Answer what has come in; tell whether anything was done. The thread calls it when it has nothing to do."""
         return self._service.serve()

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -22,24 +23,25 @@ from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.embedding import kernels, whole
 from hvd_shadowsync.embedding.exchange import Exchange
-from hvd_shadowsync.embedding.holding import BLOCK_ROWS
+from hvd_shadowsync.embedding.holding import BLOCK_ROWS, Group
 from hvd_shadowsync.embedding.inputs import Batch, read_batch
 from hvd_shadowsync.embedding.layout import Layout
-from hvd_shadowsync.embedding.meeting import Meetings
 from hvd_shadowsync.embedding.optimizer import FusedOptimizer
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
 from hvd_shadowsync.embedding.placement import Placement, Plan
 from hvd_shadowsync.embedding.planner import plan as make_plan
 from hvd_shadowsync.embedding.prefetch import Prefetcher
-from hvd_shadowsync.embedding.routing import Lookup, Router
+from hvd_shadowsync.embedding.recovery import Source, take_over
+from hvd_shadowsync.embedding.routing import Lookup, Router, Traffic
 from hvd_shadowsync.embedding.served import Served
 from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, table_seed, whole_blocks
 from hvd_shadowsync.embedding.tables import EmbeddingTable, check_tables
 from hvd_shadowsync.embedding.whole import Block
 from hvd_shadowsync.embedding.worker import HomePoller, Worker
-from hvd_shadowsync.errors import EmbeddingError, ShadowSyncError
+from hvd_shadowsync.errors import EmbeddingError, RankLostError, ShadowSyncError
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +90,20 @@ class ShardedEmbeddingBag(nn.Module):
             messages; default True. Not in mode "served", nor with a `wire_dtype`.
         seed: of the initial values; default 0.
         communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
+        recover_from: where rows of a rank that is lost come from (`shadowrun --fault-tolerant`): the folder of a
+            checkpoint, as `files.save` writes it, on a file system that all ranks see; or a function that returns the
+            newest one, None where there is none yet, called on the first rank that is left in whichever thread
+            exchanges. Default None; a `Checkpointer` gives its own. May be assigned later.
         debug: each exchange also carries a fingerprint of the call; default False.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be; names it and the remedy.
         ReplicaMismatchError: the ranks gave different arguments; raised on every rank.
         TransportError: no usable MPI.
+
+    When a rank is lost the others take its parts over, with rows and optimizer state as they are in the checkpoint, and
+    the batches that were under way update no rows. Without a checkpoint that is an `EmbeddingError` on every rank, in
+    whatever call comes next: lost rows never begin anew.
 
     Rows are updated where backward runs through the output; `torch.autograd.grad` towards other tensors does not.
 
@@ -116,6 +126,7 @@ class ShardedEmbeddingBag(nn.Module):
         share_memory: bool = True,
         seed: int = 0,
         communicator: Communicator | None = None,
+        recover_from: Source = None,
         debug: bool = False,
     ) -> None:
         super().__init__()
@@ -141,54 +152,58 @@ class ShardedEmbeddingBag(nn.Module):
             )
         self._include_last_offset = include_last_offset
         self._kernel = kernels.choose(kernel)
-        self._comm = mpi.world() if communicator is None else communicator.dup()
-        self.plan = _plan_of(self.tables, plan, self._comm.size, optimizer)
-        self._require_same(optimizer, dtype, wire_dtype, seed, share_memory=share_memory, debug=debug)
-        self._layout = Layout(self.plan)
+        comm = mpi.world() if communicator is None else communicator.dup()
+        self._ranks, self.recover_from = Survivors(comm), recover_from
+        plan = _plan_of(self.tables, plan, comm.size, optimizer)
+        self._require_same(comm, plan, optimizer, dtype, wire_dtype, seed, share_memory=share_memory, debug=debug)
+        self._layout = Layout(plan)
         self.fused_optimizer = FusedOptimizer(optimizer)
-        self.shards = Shards(self.plan, self._comm.rank, optimizer, dtype, seed)
+        self.shards = Shards(plan, comm.rank, optimizer, dtype, seed)
         self.replicated = nn.Module()
-        for index in self.plan.replicated:
+        for index in plan.replicated:
             _require_usable_name(self.tables[index].name)
             self.replicated.register_parameter(
                 self.tables[index].name, _whole_table(self.tables[index], dtype, table_seed(seed, index))
             )
         self._dtype, self._out_dtype, self._out_device = dtype, dtype, torch.device("cpu")
-        self._exchange = self._make_exchange(wire_dtype, share_memory=share_memory, debug=debug)
         self._closed = self._trails = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
-        serving = self._exchange.serve_some if isinstance(self._exchange, Served) else None
-        self._worker = Worker(f"shadow-embedding-{self._number}", serving)
+        self._wire_dtype, self._share_memory, self._debug, self._poller = wire_dtype, share_memory, debug, HomePoller()
+        self._serves, self._view = mode == "served" and comm.size > 1, 0
+        self._end: EmbeddingError | None = None
+        self._exchange = self._make_exchange(comm, self._layout, self.shards, Traffic())
+        self.group = Group(comm, plan, self.shards, self._exchange.meetings)
+        self._worker = Worker(f"shadow-embedding-{self._number}", self._serve_some if self._serves else None)
         self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
         _OPEN[self._number] = self
         _keep_compilers_out()
         self.register_state_dict_pre_hook(_wait_before_state)  # type: ignore[no-untyped-call]
-        self._release: Callable[[], object] = self._comm.free
-        if self._comm.spans_processes and self.size > 1:
+        self._release: Callable[[], object] = self._ranks.free
+        if comm.spans_processes and self.size > 1:
             atexit.register(self._close_at_exit)
-        elif self._comm.spans_processes:  # MPI wants it back though there is nobody to close with
-            self._release = weakref.finalize(self, self._comm.free)
+        elif comm.spans_processes:  # MPI wants it back though there is nobody to close with
+            self._release = weakref.finalize(self, self._ranks.free)
             atexit.register(self._release)
 
     @property
     def rank(self) -> int:
         """This rank, among those that hold the tables."""
-        return self._comm.rank
+        return self.group.comm.rank
 
     @property
     def size(self) -> int:
         """The number of ranks that hold the tables."""
-        return self._comm.size
+        return self.group.comm.size
+
+    @property
+    def plan(self) -> Plan:
+        """Where the tables lie; another one once a rank was lost."""
+        return self.group.plan
 
     @property
     def mode(self) -> str:
         """How ranks exchange: "alltoall" or "served"."""
         return self._mode
-
-    @property
-    def meetings(self) -> Meetings:
-        """Where all ranks say what they are about; for `whole`."""
-        return self._exchange.meetings
 
     def forward(self, inputs: Any) -> Tensor | dict[str, Tensor]:
         """Look `inputs` up; the output takes part in autograd (collective).
@@ -237,8 +252,8 @@ class ShardedEmbeddingBag(nn.Module):
         Returns at once: a thread serves the others. The next lookup waits until all have joined, and so does `wait()`.
         In mode "served" there is nothing to do: nobody waits for a rank's batches.
         """
-        if self.size > 1 and not self._closed and not isinstance(self._exchange, Served):
-            self._worker.submit(lambda: self._exchange.serve(self._dtype, closing=False))
+        if self.size > 1 and not self._closed and not self._serves:
+            self._worker.submit(functools.partial(self._serve, closing=False))
 
     def wait(self) -> None:
         """Return when all that was begun in the background is done: after `join()`, when all ranks have joined."""
@@ -252,7 +267,7 @@ class ShardedEmbeddingBag(nn.Module):
             atexit.unregister(self._close_at_exit)
             try:
                 if self.size > 1:
-                    self._worker.submit(lambda: self._exchange.serve(self._dtype, closing=True))
+                    self._worker.submit(functools.partial(self._serve, closing=True))
                 self._worker.wait()
             finally:
                 self._worker.stop()
@@ -280,6 +295,7 @@ class ShardedEmbeddingBag(nn.Module):
             "vector_bytes": traffic.vector_bytes,
             "gradient_bytes": traffic.gradient_bytes,
             "bytes_per_step": total / max(traffic.lookups, 1),
+            "ranks_lost": len(self._ranks.lost),
         }
 
     def __getstate__(self) -> NoReturn:
@@ -329,17 +345,20 @@ class ShardedEmbeddingBag(nn.Module):
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _make_exchange(self, wire_dtype: torch.dtype | None, *, share_memory: bool, debug: bool) -> Exchange | Served:
-        router = Router(self._layout, self._comm.rank, self.shards, self._kernel)
+    def _make_exchange(
+        self, comm: Communicator, layout: Layout, shards: Shards, traffic: Traffic, view: int = 0
+    ) -> Exchange | Served:
+        router = Router(layout, comm.rank, shards, self._kernel)
         sums = self._gradients == "sum"
-        if self._mode == "served" and self.size > 1:
-            scale = 1.0 if sums else 1.0 / self.size
+        if self._serves:
             return Served(
-                self._comm, router, Poller(), dtype=self._dtype, wire_dtype=wire_dtype, scale=scale, debug=debug
-            )
+                comm, router, Poller(), dtype=self._dtype, wire_dtype=self._wire_dtype,
+                scale=1.0 if sums else 1.0 / comm.size, debug=self._debug, owner=self._owner, view=view,
+                traffic=traffic,
+            )  # fmt: skip
         return Exchange(
-            self._comm, router, HomePoller(), wire_dtype=wire_dtype, sum_gradients=sums, share_memory=share_memory,
-            debug=debug,
+            comm, router, self._poller, wire_dtype=self._wire_dtype, sum_gradients=sums,
+            share_memory=self._share_memory, debug=self._debug, owner=self._owner, view=view, traffic=traffic,
         )  # fmt: skip
 
     def _begin(self, inputs: Any, *, trains: bool) -> Callable[[], Lookup]:
@@ -350,16 +369,22 @@ class ShardedEmbeddingBag(nn.Module):
             )
         except Exception as error:  # whatever it is, the other ranks have to know
             message = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
-            if isinstance(self._exchange, Served):
+            if self._serves:
                 raise EmbeddingError(message) from error
-            return functools.partial(self._exchange.meetings.fail, message)
-        return lambda: self._exchange.lookup(batch, wants_gradient=trains, dtype=self._dtype)
+            return functools.partial(self._fail, message)
+        return lambda: self._together(
+            lambda: self._exchange.lookup(batch, wants_gradient=trains, dtype=self._dtype), looks_up=True
+        )
+
+    def _fail(self, message: str) -> NoReturn:
+        self._together(lambda: self._exchange.meetings.fail(message))
+        raise AssertionError("a failed meeting raises")
 
     def _backward(self, lookup: Lookup, gradient: Tensor) -> dict[int, Tensor]:
         self._require_open("backward()")
         if lookup.out.dtype is not self._dtype:
             return self._do(functools.partial(
-                self._exchange.meetings.fail,
+                self._fail,
                 f"rows went from {lookup.out.dtype} to {self._dtype} between forward and backward; convert the module "
                 "before forward or after backward",
             ))  # fmt: skip
@@ -367,10 +392,10 @@ class ShardedEmbeddingBag(nn.Module):
         try:
             rule = self.fused_optimizer.rule
         except (TypeError, ValueError) as error:
-            return self._do(functools.partial(self._exchange.meetings.fail, f"fused_optimizer: {error}"))
+            return self._do(functools.partial(self._fail, f"fused_optimizer: {error}"))
         self.fused_optimizer.step()
         found = Router.weight_gradients(lookup, gradient)
-        later = bool(self._ahead) or self._trails or isinstance(self._exchange, Served)
+        later = bool(self._ahead) or self._trails or self._serves
         with torch.no_grad():
             staged = self._exchange.stage(lookup, gradient, keep=later)
         if later:
@@ -381,7 +406,7 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _do(self, task: Callable[[], T]) -> T:
         """Do `task` after all that was begun: here, or where there is a serving thread, in that."""
-        if isinstance(self._exchange, Served):
+        if self._serves:
             return self._worker.submit(task).result()
         self._worker.wait()
         with torch.no_grad():
@@ -389,7 +414,79 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _update(self, lookup: Lookup, gradient: Tensor, rule: SparseOptimizer, *, trails: bool) -> None:
         self.shards.rule = rule
-        self._exchange.update(lookup, gradient, trails=trails)
+        self._together(lambda: self._exchange.update(lookup, gradient, trails=trails))
+
+    def _serve(self, *, closing: bool) -> None:
+        self._together(lambda: self._exchange.serve(self._dtype, closing=closing))
+
+    def _serve_some(self) -> bool:
+        return self._together(lambda: isinstance(self._exchange, Served) and self._exchange.serve_some())
+
+    # --- lost ranks ---------------------------------------------------------------------------------------------------
+
+    def together(self, call: Callable[[], T]) -> T:
+        """Do what all ranks do together, in the training thread; again where a rank is lost meanwhile (for `whole`)."""
+        while self._serves:
+            try:
+                return call()
+            except RankLostError:  # the serving thread goes on without it
+                self._worker.submit(lambda: self._together(lambda: self.group.comm.check())).result()
+        return self._together(call)
+
+    def _together(self, call: Callable[[], T], *, looks_up: bool = False) -> T:
+        """Do what all ranks do together, in the thread that exchanges; again where a rank is lost meanwhile.
+
+        With `looks_up` it is a lookup of this rank.
+        """
+        while True:
+            if self._end is not None:
+                raise self._end
+            try:
+                return call()
+            except RankLostError as lost:
+                self._go_on(lost, looks_up=looks_up)
+
+    def _go_on(self, lost: RankLostError, *, looks_up: bool) -> None:
+        """Take over, with all that are left, what the lost ranks had.
+
+        Ranks are at most one call apart. Where some are through with a lookup, and some are not, those make it once
+        more, and the others serve them; all updates that were under way are void.
+        """
+        if not self.group.comm.outlives_ranks:
+            raise lost
+        while True:
+            try:
+                serves = self._ranks.go_on(functools.partial(self._take_over, looks_up=looks_up))()
+                if serves and isinstance(self._exchange, Exchange):
+                    self._exchange.serve_lookup(self._dtype)
+                return
+            except RankLostError:
+                continue
+            except EmbeddingError as error:
+                gone = ", ".join(f"rank {number}" for number in self._ranks.lost)
+                self._end = EmbeddingError(
+                    f"a rank was lost ({gone}), and with it the rows of the sharded tables that were its own; {error}; "
+                    "start the job again from its last checkpoint"
+                )
+                raise self._end from lost
+
+    def _take_over(self, comm: Communicator, *, looks_up: bool) -> Callable[[], bool]:
+        """Get all ready; return what changes this object once all ranks are as far, and tells whether to serve."""
+        plan, shards = take_over(comm, self.group, self.recover_from)
+        done = self._exchange.traffic.lookups
+        everyone: list[tuple[int, bool]] = comm.allgather_object((done, looks_up and not self._serves))
+        most = done if self._serves else max(each for each, _ in everyone)
+        again = [late and each < most for each, late in everyone]
+        traffic = replace(self._exchange.traffic, lookups=most - any(again))
+        view = self._view + 1
+        exchange = self._make_exchange(comm, Layout(plan), shards, traffic, view)
+
+        def begin() -> bool:
+            self.shards, self._exchange, self._view = shards, exchange, view
+            self.group = Group(comm, plan, shards, exchange.meetings)
+            return any(again) and not again[comm.rank]
+
+        return begin
 
     def _finish(self, batch: Batch, vectors: Tensor) -> Tensor | dict[str, Tensor]:
         vectors = vectors.to(self._out_device, self._out_dtype)
@@ -410,15 +507,15 @@ class ShardedEmbeddingBag(nn.Module):
         return embedding_bag(ids.long(), weight, ends.to(weight.device), mode=table.pooling, per_sample_weights=weights)
 
     def _require_same(
-        self, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None, seed: int, *, share_memory: bool,
-        debug: bool,
+        self, comm: Communicator, plan: Plan, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None,
+        seed: int, *, share_memory: bool, debug: bool,
     ) -> None:  # fmt: skip
-        if self.size > 1:
+        if comm.size > 1:
             settings: dict[str, Any] = {f"table {table.name!r}": _described(table) for table in self.tables}
-            settings |= {"plan": self.plan.placements, "optimizer": rule, "gradients": self._gradients}
+            settings |= {"plan": plan.placements, "optimizer": rule, "gradients": self._gradients}
             settings |= {"mode": self._mode, "dtype": dtype, "wire_dtype": wire, "seed": seed}
             settings |= {"share_memory": share_memory, "debug": debug}
-            agree.require_same(self._comm, agree.describe_settings(settings))
+            agree.require_same(comm, agree.describe_settings(settings))
 
     def _close_at_exit(self) -> None:
         if mpi.is_forked():
@@ -441,7 +538,7 @@ class ShardedEmbeddingBag(nn.Module):
             raise ValueError(
                 f"a ShardedEmbeddingBag cannot be of {probe.dtype} on {probe.device}; its rows have values"
             )
-        if isinstance(self._exchange, Served) and probe.dtype in ROW_DTYPES and probe.dtype != self._dtype:
+        if self._serves and probe.dtype in ROW_DTYPES and probe.dtype != self._dtype:
             raise ValueError(
                 f"mode='served' cannot change dtype from {self._dtype} to {probe.dtype}, while other ranks look up; "
                 f"give ShardedEmbeddingBag(dtype={probe.dtype})"

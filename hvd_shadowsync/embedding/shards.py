@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hvd_shadowsync.embedding import pages
 from hvd_shadowsync.embedding.kernels.base import Gradient, Kernel, Update
 from hvd_shadowsync.embedding.optimizers import Adagrad, RowWiseAdagrad, SparseOptimizer
-from hvd_shadowsync.embedding.placement import Plan, RowRange, Shard
+from hvd_shadowsync.embedding.placement import Part, Plan, RowRange, Shard
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 from hvd_shadowsync.owned import mark_owned
 
@@ -37,9 +38,21 @@ class Shards(nn.Module):
     """All shards of one rank. Weights and state are buffers: no dense optimizer sees them, `state_dict` has them.
 
     They stay in host memory wherever the module goes; `.double()` and `.float()` convert them.
+
+    Args:
+        seed: of the initial values; None: rows that are not in `kept` have none yet.
+        kept: rows that there are already, by part.
     """
 
-    def __init__(self, plan: Plan, rank: int, rule: SparseOptimizer, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        rule: SparseOptimizer,
+        dtype: torch.dtype,
+        seed: int | None,
+        kept: Mapping[Part, Rows] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.owned = plan.of_rank(rank)
         self.rule, self.dtype = rule, dtype
@@ -49,6 +62,10 @@ class Shards(nn.Module):
             holder = nn.Module()
             self._keys.append(f"{table.name}/{_place_of(shard)}")
             self.add_module(self._keys[-1], holder)
+            if (rows := kept.get(shard.part)) is not None:
+                for name, tensor in {"weight": rows.weight, **rows.state, "steps": rows.steps}.items():
+                    holder.register_buffer(name, tensor)
+                continue
             holder.register_buffer("weight", pages.empty((shard.rows.num_rows, shard.dim), dtype))
             for name, per_weight in rule.slots.items():
                 shape = (shard.rows.num_rows, shard.dim) if per_weight else (shard.rows.num_rows,)
@@ -56,12 +73,17 @@ class Shards(nn.Module):
                 holder.register_buffer(name, pages.empty(shape, dtype).fill_(start))
             holder.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         for index, shard in enumerate(self.owned):
-            initialise(self[index].weight, shard, plan.tables[shard.table], table_seed(seed, shard.table))
+            if seed is not None and shard.part not in kept:
+                initialise(self[index].weight, shard, plan.tables[shard.table], table_seed(seed, shard.table))
         self._mark()
         self.register_load_state_dict_post_hook(_make_usable)  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.owned)
+
+    def by_part(self) -> dict[Part, Rows]:
+        """Return all that is here."""
+        return {shard.part: self[index] for index, shard in enumerate(self.owned)}
 
     def __getitem__(self, index: int) -> Rows:
         buffers = self._modules[self._keys[index]]._buffers  # type: ignore[union-attr]

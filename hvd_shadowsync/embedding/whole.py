@@ -16,6 +16,7 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding.holding import (
     BLOCK_ROWS,
     WEIGHT,
+    Group,
     Holding,
     Sharded,
     compact,
@@ -25,7 +26,7 @@ from hvd_shadowsync.embedding.holding import (
     reset_state,
     shared_rows,
 )
-from hvd_shadowsync.embedding.lost import telling_lost_rows
+from hvd_shadowsync.embedding.lost import cut_short
 from hvd_shadowsync.embedding.meeting import NAMES, SERVING, Call
 from hvd_shadowsync.embedding.placement import Plan, RowRange, Shard
 from hvd_shadowsync.embedding.tables import EmbeddingTable
@@ -86,8 +87,10 @@ def global_state_dict(
     check_flag("state", state)
     if root is not None:
         check_count("root", root, least=0)
-        if root >= module.size:
-            raise ValueError(f"root={root} is no rank of {module.size}; give one below that, or None for all")
+        if root >= module.group.comm.size:
+            raise ValueError(
+                f"root={root} is no rank of {module.group.comm.size}; give one below that, or None for all"
+            )
     return _stream(module, block_rows, state, root)
 
 
@@ -110,49 +113,62 @@ def load_global_state_dict(module: Sharded, blocks: Iterable[Block] | Mapping[st
         EmbeddingError: ranks make different calls.
         ShadowSyncError: `module` is closed.
     """
-    enter(module, "load_global_state_dict()")
+    group = enter(module, "load_global_state_dict()")
     failure = None
-    loading = _Loading(module)
+    loading = _Loading(module, group)
     stream: Iterable[Block] = ()
     try:
         stream = loading.blocks_of(blocks) if isinstance(blocks, Mapping) else blocks
     except CheckpointError as error:
         failure = str(error)
-    agree(module, "load_global_state_dict(): checked", failure)
+    agree(module, group, "load_global_state_dict(): checked", failure)
     try:
         for block in stream:
             loading.take(block)
         loading.finish()
     except Exception as error:  # of the caller's iterator: the other ranks wait for this one
         failure = str(error) if isinstance(error, CheckpointError) else f"blocks ended in {error!r}"
-    agree(module, "load_global_state_dict(): loaded", failure)
+    agree(module, group, "load_global_state_dict(): loaded", failure)
 
 
 # --- meeting ----------------------------------------------------------------------------------------------------------
 
 
-def enter(module: Sharded, call: str) -> None:
-    """Begin `call` together with all ranks, after whatever they still do in the background (collective)."""
+def enter(module: Sharded, call: str) -> Group:
+    """Begin `call` together with all ranks, after whatever they still do in the background (collective).
+
+    Return those that are in it; once one of them is lost, it comes to nothing.
+    """
+
+    def begin() -> tuple[Group, dict[int, Call]]:
+        group = module.group
+        return group, _meet(module, group, call)
+
     module._require_open(call)
-    while serving := _meet(module, call):
+    group, serving = module.together(begin)
+    while serving:
         if Call.CLOSE in serving.values():
             _raise_left(call, serving)
         module.join()
+        group, serving = module.together(begin)
+    return group
 
 
-@telling_lost_rows
-def agree(module: Sharded, call: str, failure: str | None, value: Any = None) -> list[Any]:
+def agree(module: Sharded, group: Group, call: str, failure: str | None, value: Any = None) -> list[Any]:
     """Return every rank's `value`, or raise `CheckpointError` on every rank with the first failure (collective)."""
-    _require_all(module, call)
-    everyone = module._comm.allgather_object((failure, value))
+    _require_all(module, group, call)
+    with cut_short(group.comm):
+        everyone = group.comm.allgather_object((failure, value))
     for rank, (message, _) in enumerate(everyone):
         if message is not None:
             raise CheckpointError(f"rank {rank}: {message}" if len(everyone) > 1 else message)
     return [each for _, each in everyone]
 
 
-def _require_all(module: Sharded, call: str) -> None:
-    if serving := _meet(module, call):
+def _require_all(module: Sharded, group: Group, call: str) -> None:
+    with cut_short(group.comm):
+        serving = _meet(module, group, call)
+    if serving:
         _raise_left(call, serving)
 
 
@@ -164,13 +180,11 @@ def _raise_left(call: str, serving: dict[int, Call]) -> NoReturn:
     )
 
 
-@telling_lost_rows
-def _meet(module: Sharded, call: str) -> dict[int, Call]:
+def _meet(module: Sharded, group: Group, call: str) -> dict[int, Call]:
     """Return the ranks that do nothing of their own but serve the others; they do not take part in `call`."""
     module.wait()
-    meetings = module.meetings
-    words = meetings.meet(Call.GLOBAL, about=zlib.crc32(call.encode()), what=call)
-    meetings.raise_failure(words)
+    words = group.meetings.meet(Call.GLOBAL, about=zlib.crc32(call.encode()), what=call)
+    group.meetings.raise_failure(words)
     return {rank: Call(word.call) for rank, word in enumerate(words) if word.call in SERVING}
 
 
@@ -179,17 +193,18 @@ def _meet(module: Sharded, call: str) -> dict[int, Call]:
 
 def _stream(module: Sharded, block_rows: int, state: bool, root: int | None) -> Iterator[Block]:
     call = f"global_state_dict(block_rows={block_rows}, state={state}, root={root})"
-    enter(module, call)
-    receivers = range(module.size) if root is None else (root,)
+    group = enter(module, call)
+    receivers = range(group.comm.size) if root is None else (root,)
     for index, table in enumerate(module.tables):
-        gathering = _Gathering(module, index, receivers)
+        gathering = _Gathering(module, group, index, receivers)
         slots = gathering.slots if state else [WEIGHT]
         rows = min(block_rows, max(1, BLOCK_BYTES // (8 * table.embedding_dim)))
         for slot in slots:
             for first in range(0, table.num_embeddings, rows) if slot != STEPS else [0]:
-                _require_all(module, call)
+                _require_all(module, group, call)
                 last = min(first + rows, table.num_embeddings)
-                values = gathering.steps() if slot == STEPS else gathering.rows(slot, first, last)
+                with cut_short(group.comm):
+                    values = gathering.steps() if slot == STEPS else gathering.rows(slot, first, last)
                 if values is not None:
                     yield Block(table.name, slot, first, values)
 
@@ -197,17 +212,16 @@ def _stream(module: Sharded, block_rows: int, state: bool, root: int | None) -> 
 class _Gathering:
     """Sends parts of one table from their owners to `receivers`."""
 
-    def __init__(self, module: Sharded, index: int, receivers: Sequence[int]) -> None:
-        self._comm, self._receivers, self._table = module._comm, receivers, module.tables[index]
-        self._mine = {holding.shard: holding for holding in holdings(module)}
-        self._parts = _parts(module.plan, index)
+    def __init__(self, module: Sharded, group: Group, index: int, receivers: Sequence[int]) -> None:
+        self._comm, self._receivers, self._table = group.comm, receivers, module.tables[index]
+        self._mine = {holding.shard: holding for holding in holdings(module, group)}
+        self._parts = _parts(group.plan, index)
         self._columns = sorted({part.columns for part in self._parts})
-        self._per_weight = {WEIGHT: True, **module.shards.rule.slots}
-        replicated = index in module.plan.replicated
+        self._per_weight = {WEIGHT: True, **group.shards.rule.slots}
+        replicated = index in group.plan.replicated
         self._dtype = getattr(module.replicated, self._table.name).dtype if replicated else module._dtype
         self.slots = [WEIGHT] if replicated else [*self._per_weight, STEPS]
 
-    @telling_lost_rows
     def rows(self, slot: str, first: int, last: int) -> Tensor | None:
         """Return rows [first, last) of `slot`, where this rank is a receiver (collective)."""
         per_weight = self._per_weight[slot]
@@ -231,7 +245,6 @@ class _Gathering:
             out[compact(rows), start:stop] = values.view(len(rows), -1)
         return out
 
-    @telling_lost_rows
     def steps(self) -> Tensor | None:
         """Return the updates of the table, where this rank is a receiver (collective)."""
         requests: list[Request] = []
@@ -268,13 +281,13 @@ def _parts(plan: Plan, index: int) -> list[Shard]:
 class _Loading:
     """Takes blocks of whole tables into what this rank holds; every rank sees the same blocks and finds the same."""
 
-    def __init__(self, module: Sharded) -> None:
-        self._rule, self._rank = module.shards.rule, module.rank
+    def __init__(self, module: Sharded, group: Group) -> None:
+        self._rule, self._rank = group.shards.rule, group.comm.rank
         self._tables = {table.name: table for table in module.tables}
         self._holdings: dict[str, list[Holding]] = {name: [] for name in self._tables}
-        for holding in holdings(module):
+        for holding in holdings(module, group):
             self._holdings[module.tables[holding.shard.table].name].append(holding)
-        self._stateful = {shard.table for shard in module.plan.shards}
+        self._stateful = {shard.table for shard in group.plan.shards}
         self._taken: dict[tuple[str, str], int] = {}
         self._names = [table.name for table in module.tables]
 

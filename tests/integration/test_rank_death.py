@@ -18,6 +18,7 @@ from launching import ONE_HOST, Outcome, find_mpi, launch
 
 from hvd_shadowsync import Checkpointer, checkpoint, emulated
 from hvd_shadowsync.command import LaunchError
+from hvd_shadowsync.embedding import files
 from hvd_shadowsync.run import LOST_CODE
 
 PROGRAM = Path(__file__).parent / "programs" / "deaths.py"
@@ -213,6 +214,28 @@ def test_an_exception_before_training_ends_the_job(tmp_path: Path) -> None:
     assert outcome.code not in (0, None)
     assert "rank 1 ends the job: uncaught RuntimeError" in outcome.errors
     assert outcome.events("ended") == []
+
+
+@pytest.mark.parametrize("mode", ["alltoall", "served"])
+@pytest.mark.parametrize(
+    ("place", "at", "victims"),
+    [("after a checkpoint", 7, [1]), ("lookup", 200, [2]), ("row update", 200, [0]), ("lookup", 150, [1, 2])],
+)
+def test_rows_of_a_lost_rank_come_from_the_last_checkpoint(
+    place: str, at: int, victims: list[int], mode: str, tmp_path: Path
+) -> None:
+    faults = [fault(rank, place, at + 9 * number) for number, rank in enumerate(victims)]
+    folder = tmp_path / "checkpoints"
+    outcome = run(3, faults, tmp_path, tables=True, mode=mode, checkpoints=str(folder))
+    left = require_survival(outcome, 3, faults)
+    assert {each["size"] for each in left} == {3 - len(victims)}
+    assert len({each["rows"] for each in left}) == 1
+    assert "are now those of" in outcome.errors
+    newest = Checkpointer.latest(folder)
+    assert {each["saved"] for each in left} == {str(newest)}
+    assert newest is not None
+    for table, rows in (("a", 50), ("b", 30)):
+        assert sum(len(each) for _, each in files.read(newest / "model.pt.0", table)) == rows
 
 
 def test_rows_of_sharded_tables_that_are_lost_end_the_job(tmp_path: Path) -> None:

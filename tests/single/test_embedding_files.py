@@ -99,7 +99,7 @@ def content(module: ShardedEmbeddingBag) -> Content:
         table = module.tables[index]
         weight = getattr(module.replicated, table.name).detach().clone()
         parts.append((table, "weight", torch.arange(len(weight)), (0, table.embedding_dim), weight))
-    gathered = [each for mine in module._comm.allgather_object(parts) for each in mine]
+    gathered = [each for mine in module.group.comm.allgather_object(parts) for each in mine]
     columns = {table.name: sorted({c for t, _, _, c, _ in gathered if t == table}) for table in module.tables}
     found: Content = {}
     for table, slot, ids, (start, stop), values in gathered:

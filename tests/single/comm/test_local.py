@@ -301,3 +301,19 @@ def test_hosts_and_parts() -> None:
         ([0, 1, 0], 1, [0, 2], True, True),
     ]
     assert local.run(3, lambda comm: comm.share(1) is None, hosts=[4, 9, 4]) == [True] * 3
+
+
+def test_messages_that_fit_several_receives_are_for_the_first_one() -> None:
+    def program(comm: Communicator) -> list[float]:
+        if comm.rank == 0:
+            for value in (1.0, 2.0, 3.0):
+                comm.isend(torch.tensor([value]), 1, 7)
+            return []
+        received = [torch.zeros(1) for _ in range(3)]
+        requests = [comm.irecv(each, 0, 7) for each in received]
+        for request in reversed(requests):
+            while not request.test():
+                pass
+        return [float(each) for each in received]
+
+    assert local.run(2, program, timeout_s=10.0)[1] == [1.0, 2.0, 3.0]

@@ -1,0 +1,93 @@
+"""Tables of which a rank was lost: those that are left take its parts over, and read their rows from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.embedding.holding import Group, of_shards
+from hvd_shadowsync.embedding.placement import Plan, Shard
+from hvd_shadowsync.embedding.saved import Saved
+from hvd_shadowsync.embedding.shards import Shards
+from hvd_shadowsync.errors import CheckpointError, EmbeddingError
+
+logger = logging.getLogger(__name__)
+
+Folder = str | os.PathLike[str]
+Source = Folder | Callable[[], Folder | None] | None
+"""A folder of `files.save`, or what returns the newest one, None where there is none yet; None: there is no such."""
+
+
+def take_over(comm: Communicator, before: Group, source: Source) -> tuple[Plan, Shards]:
+    """Return where the parts lie from now on, and this rank's, with all their rows (collective over those left).
+
+    Parts of lost ranks have the rows and the optimizer state of the checkpoint; all others are as they were, in the
+    same memory.
+
+    Args:
+        comm: the ranks that are left.
+        before: who held what.
+        source: of a checkpoint.
+
+    Raises:
+        EmbeddingError: there is none that has the rows; raised on every rank.
+    """
+    members, plan, shards = before.comm.members, before.plan, before.shards
+    ranks = [comm.members.index(number) if number in comm.members else None for number in members]
+    lost = [shard for shard in plan.shards if ranks[shard.rank] is None]
+    after, kept = plan.handed_on(ranks), shards.by_part()
+    taken = Shards(after, comm.rank, shards.rule, shards.dtype, None, kept)
+    if lost:
+        folder, failure = comm.allgather_object(_find(source) if comm.rank == 0 else None)[0]
+        if failure is None:
+            failure = _fill(folder, taken, [shard for shard in taken.owned if shard.part not in kept], after)
+        _agree(comm, failure)
+        if comm.rank == 0:
+            _tell(lost, members, plan, folder)
+    return after, taken
+
+
+def _find(source: Source) -> tuple[Path | None, str | None]:
+    """Return the folder to read, or why there is none."""
+    try:
+        found = source() if callable(source) else source
+    except Exception as error:  # the user's
+        return None, f"recover_from() raised {error!r}"
+    if found is None:
+        return None, "no checkpoint has them yet" if callable(source) else "no checkpoint is known that has them"
+    return Path(found), None
+
+
+def _fill(folder: Path, taken: Shards, wanted: Sequence[Shard], plan: Plan) -> str | None:
+    """Read the rows of `wanted`; return what went wrong."""
+    try:
+        saved = Saved(folder)
+        saved.require_sizes(plan.tables)
+        saved.fill_some(plan.tables, taken.rule, [each for each in of_shards(taken) if each.shard in wanted])
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, SafetensorError) as error:
+        return f"{folder} cannot be read ({error})"
+    return None
+
+
+def _agree(comm: Communicator, failure: str | None) -> None:
+    for rank, message in enumerate(comm.allgather_object(failure)):
+        if message is not None:
+            raise EmbeddingError(f"rank {comm.members[rank]}: {message}")
+
+
+def _tell(lost: Sequence[Shard], members: Sequence[int], plan: Plan, folder: Path) -> None:
+    by_rank: Mapping[int, set[str]] = {members[shard.rank]: set() for shard in lost}
+    for shard in lost:
+        by_rank[members[shard.rank]].add(plan.tables[shard.table].name)
+    for number, names in by_rank.items():
+        logger.warning(
+            "rows of %s, which rank %d held, are now those of %s, on the ranks that are left",
+            ", ".join(sorted(names)), number, folder,
+        )  # fmt: skip

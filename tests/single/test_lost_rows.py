@@ -1,0 +1,337 @@
+"""Sharded tables of which ranks are lost at any moment: the others have their rows from a checkpoint, and go on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_as_threads import TIMEOUT_S
+from torch import Tensor
+
+from hvd_shadowsync import (
+    Checkpointer,
+    EmbeddingError,
+    EmbeddingTable,
+    RankLostError,
+    ShadowSync,
+    ShardedEmbeddingBag,
+)
+from hvd_shadowsync.comm import local
+from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.embedding import SGD, Adagrad, RowWiseAdagrad, files
+from hvd_shadowsync.embedding.placement import Placement, Plan
+
+TABLES = [
+    EmbeddingTable("users", 50, 4, pooling="sum"),
+    EmbeddingTable("items", 23, 6, pooling="mean"),
+    EmbeddingTable("shops", 7, 2, pooling="sum"),
+    EmbeddingTable("days", 9, 3, pooling="sum"),
+]
+PLAN: Mapping[str, Placement | str] = {
+    "users": "row-wise hashed",
+    "items": "column-wise",
+    "shops": Placement("table-wise", (1,)),
+    "days": "row-wise",
+}
+MODES: list[dict[str, Any]] = [{"mode": "alltoall"}, {"mode": "served"}]
+CALLS = [*range(1, 40), *range(40, 140, 7), 10**9]
+"""Numbers of the call, of whichever communicator, in which a rank is lost."""
+
+
+def weights() -> dict[str, Tensor]:
+    """Return rows that no initialisation gives."""
+    return {
+        table.name: torch.arange(table.numel).view(table.num_embeddings, -1) * 1.0 + index * 1000
+        for index, table in enumerate(TABLES)
+    }
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `weights()`, and of state that no optimizer begins with, of a world of two ranks."""
+    folder = tmp_path_factory.mktemp("saved")
+
+    def program(comm: Communicator) -> None:
+        module = ShardedEmbeddingBag(TABLES, PLAN_OF_TWO, RowWiseAdagrad(lr=0.0), communicator=comm)
+        module.load_global_state_dict(weights())
+        for index in range(len(module.shards)):
+            module.shards[index].state["sum"].fill_(5.0)
+        files.save(folder / "tables", module)
+        module.close()
+
+    local.run(2, program, timeout_s=TIMEOUT_S)
+    return folder / "tables"
+
+
+PLAN_OF_TWO: Mapping[str, Placement | str] = {**PLAN, "shops": Placement("table-wise", (0,)), "users": "row-wise"}
+
+
+def batch(rank: int, step: int) -> dict[str, Tensor]:
+    """Return ids [6] of each feature."""
+    return {table.name: (torch.arange(6) * 5 + 3 * rank + step) % table.num_embeddings for table in TABLES}
+
+
+def whole(module: ShardedEmbeddingBag) -> dict[str, Tensor]:
+    """Return all weights and state."""
+    found: dict[str, list[Tensor]] = {}
+    for block in module.global_state_dict():
+        found.setdefault(f"{block.table}/{block.slot}", []).append(block.values)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def train(module: ShardedEmbeddingBag, steps: int, *, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        module(batch(module.rank, step)).square().sum().backward()
+
+
+def job(comm: Communicator, saved: Path, rule: Any, how: str, **options: Any) -> tuple[int, dict[str, Tensor]] | None:
+    """Train with every call that a training makes; return how many ranks are left, and the tables.
+
+    None where a rank was lost in the construction.
+    """
+    assert isinstance(comm, local.LocalCommunicator)
+    try:
+        module = ShardedEmbeddingBag(TABLES, PLAN, rule, communicator=comm, recover_from=saved, **options)
+    except RankLostError:  # which a process does not outlive
+        comm.die()
+        return None
+    again(lambda: files.load(saved, module))
+    if how == "prefetch":
+        for each in module.prefetch([batch(module.rank, step) for step in range(5)], depth=2):
+            module(each).square().sum().backward()
+    elif how == "unequal":
+        train(module, 3 + comm.rank)
+        module.join()
+    else:
+        train(module, 5)
+    module.wait()
+    with torch.no_grad():
+        module(batch(module.rank, 9))
+    found = again(lambda: whole(module))
+    size = module.size
+    module.close()
+    return size, found
+
+
+def again(call: Callable[[], Any]) -> Any:
+    """Return what `call` returns; once more where a rank is lost meanwhile, as its error says."""
+    for _ in range(4):
+        try:
+            return call()
+        except EmbeddingError as error:
+            if "make the call again" not in str(error):
+                raise
+    raise AssertionError("not in four times")
+
+
+@pytest.mark.parametrize("how", ["steps", "prefetch", "unequal"])
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_whenever_a_rank_is_lost_its_rows_are_those_of_the_checkpoint(
+    hosts: str, options: dict[str, Any], how: str, saved: Path
+) -> None:
+    """With a learning rate of 0 nothing else changes any row."""
+    rule = RowWiseAdagrad(lr=0.0)
+    seen = set()
+    for call in CALLS:
+        ended = local.run(3, lambda comm: job(comm, saved, rule, how, **options), timeout_s=TIMEOUT_S, kill={1: call})
+        for each in (ended[0], ended[2]):
+            if each is None:
+                continue
+            size, found = each
+            seen.add(size)
+            for name, weight in weights().items():
+                torch.testing.assert_close(found[f"{name}/weight"], weight, rtol=0, atol=0)
+                assert bool((found[f"{name}/sum"] >= 5).all())
+    assert {2, 3} <= seen
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_several_are_lost_one_after_the_other(options: dict[str, Any], saved: Path) -> None:
+    """Each at another of its calls; the last one has it all."""
+    left = set()
+    for first, second in [(30, 60), (45, 46), (50, 80), (60, 90), (9, 70)]:
+        ended = local.run(
+            3, lambda comm: job(comm, saved, RowWiseAdagrad(lr=0.0), "steps", **options), timeout_s=TIMEOUT_S,
+            kill={0: first, 2: second},
+        )  # fmt: skip
+        if ended[1] is None:
+            continue
+        size, found = ended[1]
+        left.add(size)
+        for name, weight in weights().items():
+            torch.testing.assert_close(found[f"{name}/weight"], weight, rtol=0, atol=0)
+    assert 1 in left
+
+
+@pytest.mark.parametrize("how", ["steps", "prefetch"])
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_rows_go_on_learning_and_all_ranks_see_the_same(
+    hosts: str, options: dict[str, Any], how: str, saved: Path
+) -> None:
+    def program(comm: Communicator) -> dict[str, Tensor]:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, Adagrad(lr=0.1), communicator=comm, recover_from=saved, **options)
+        files.load(saved, module)
+        batches = [batch(comm.rank, step) for step in range(6)]
+        for step, each in enumerate(batches if how == "steps" else module.prefetch(batches, depth=2)):
+            module(each).square().sum().backward()
+            if comm.rank == 1 and step == 3:
+                comm.die()
+        found = again(lambda: whole(module))
+        assert module.size == 2
+        assert module.metrics()["ranks_lost"] == 1
+        module.close()
+        return found
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert ended[0] is not None
+    assert ended[2] is not None
+    for name, values in ended[0].items():
+        assert bool(values.isfinite().all())
+        torch.testing.assert_close(values, ended[2][name], rtol=0, atol=0)
+    assert bool((ended[0]["users/weight"] != weights()["users"]).any())
+
+
+def lost(comm: Communicator, source: Any, **options: Any) -> str:
+    """Lose rank 1 between two steps; return the error of the others, or "none"."""
+    assert isinstance(comm, local.LocalCommunicator)
+    module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, recover_from=source, **options)
+    train(module, 2)
+    if comm.rank == 1:
+        module.wait()
+        comm.die()
+    try:
+        train(module, 3)
+    except EmbeddingError as error:
+        assert "a rank was lost (rank 1), and" in str(error)
+        for call in (lambda: train(module, 1), module.close):
+            with pytest.raises(EmbeddingError, match="start the job again from its last checkpoint"):
+                call()
+        return str(error)
+    module.close()
+    return "none"
+
+
+def _raise() -> None:
+    raise OSError("no such file system")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "no checkpoint is known that has them"),
+        (lambda: None, "no checkpoint has them yet"),
+        (_raise, r"recover_from\(\) raised OSError\('no such file system'\)"),
+        ("/nowhere", "there is no checkpoint /nowhere/index.json"),
+    ],
+    ids=["none", "not yet", "raises", "missing"],
+)
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_without_a_checkpoint_it_is_an_error_everywhere_and_stays_one(
+    hosts: str, options: dict[str, Any], source: Any, message: str
+) -> None:
+    ended = local.run(3, lambda comm: lost(comm, source, **options), timeout_s=TIMEOUT_S, kill={})
+    for each in (ended[0], ended[2]):
+        assert each is not None
+        assert "with it the rows of the sharded tables that were its own" in each
+        assert re.search(message, each)
+
+
+@pytest.mark.leaves_threads
+def test_other_tables_are_not_taken(saved: Path, tmp_path: Path) -> None:
+    def save(comm: Communicator) -> None:
+        tables = [replace(TABLES[0], num_embeddings=51), *TABLES[1:]]
+        module = ShardedEmbeddingBag(tables, None, SGD(lr=0.1), communicator=comm)
+        files.save(tmp_path / "other", module)
+        module.close()
+
+    local.run(1, save, timeout_s=TIMEOUT_S)
+    ended = local.run(3, lambda comm: lost(comm, tmp_path / "other"), timeout_s=TIMEOUT_S, kill={})
+    assert all("table 'users' is (50, 4), (51, 4) in" in str(each) for each in (ended[0], ended[2]))
+    assert local.run(3, lambda comm: lost(comm, saved), timeout_s=TIMEOUT_S, kill={})[0] == "none"
+
+
+@pytest.mark.leaves_threads
+def test_a_lost_rank_without_rows_takes_nothing_with_it() -> None:
+    plan = {table.name: Placement("table-wise", (2 * (index % 2),)) for index, table in enumerate(TABLES)}
+
+    def program(comm: Communicator) -> int:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, plan, SGD(lr=0.1), communicator=comm)
+        train(module, 2)
+        if comm.rank == 1:
+            comm.die()
+        train(module, 3)
+        lost = int(module.metrics()["ranks_lost"])
+        assert module.metrics()["lookups"] == 5
+        module.close()
+        return lost
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert [ended[0], ended[2]] == [1, 1]
+
+
+@pytest.mark.leaves_threads
+def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
+    def program(comm: Communicator) -> dict[str, Tensor]:
+        assert isinstance(comm, local.LocalCommunicator)
+        bags = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.0), communicator=comm)
+        bags.load_global_state_dict(weights())
+        model = torch.nn.Sequential(bags, torch.nn.Linear(15, 1))
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+        sync = ShadowSync(optimizer, model=model, communicator=comm, sync_every=1)
+        checkpointer = Checkpointer(tmp_path, model, sync, every_steps=1000, end_signals=())
+        assert checkpointer.save_now() is not None
+        if comm.rank == 1:
+            comm.die()
+        for step in range(3):
+            optimizer.zero_grad()
+            model(batch(comm.rank, step)).square().mean().backward()
+            optimizer.step()
+        found = whole(bags)
+        assert checkpointer.save_now() is not None
+        checkpointer.close()
+        sync.close()
+        bags.close()
+        return found
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    newest = Checkpointer.latest(tmp_path)
+    assert newest is not None
+    for name, weight in weights().items():
+        assert ended[0] is not None
+        torch.testing.assert_close(ended[0][f"{name}/weight"], weight, rtol=0, atol=0)
+        rows = torch.cat([values for _, values in files.read(newest / "model.pt.0", name)])
+        torch.testing.assert_close(rows, weight, rtol=0, atol=0)
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_lost_parts_go_to_those_that_hold_least() -> None:
+    before = Plan.of(TABLES, 3, {**PLAN, "items": Placement("table-wise", (0,))})
+    after = before.handed_on([0, None, 1])
+    assert after.world_size == 2
+    assert after.inherited
+    assert {shard.part for shard in after.shards} == {shard.part for shard in before.shards}
+    for old, new in zip(before.shards, after.shards, strict=True):
+        assert new.part == old.part
+        assert old.rank == 1 or new.rank == {0: 0, 2: 1}[old.rank]
+    taken = [new for old, new in zip(before.shards, after.shards, strict=True) if old.rank == 1]
+    assert {shard.rank for shard in taken} == {1}, "rank 0 has all of the largest table"
+    last = after.handed_on([None, 0])
+    assert {shard.rank for shard in last.shards} == {0}
+
+
+def test_a_user_may_not_place_two_parts_on_a_rank() -> None:
+    with pytest.raises(ValueError, match="ranks have to be different"):
+        Plan.of(TABLES, 3, {**PLAN, "days": Placement("row-wise", (0, 1, 0))})
