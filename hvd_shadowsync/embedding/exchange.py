@@ -16,6 +16,7 @@ from hvd_shadowsync.embedding.inputs import Batch, empty_batch
 from hvd_shadowsync.embedding.meeting import Call, Meetings, Word, takes_part
 from hvd_shadowsync.embedding.messages import Messages
 from hvd_shadowsync.embedding.onehost import OneHost
+from hvd_shadowsync.embedding.replicas import Replicas
 from hvd_shadowsync.embedding.routing import KEPT, Ask, Lookup, Router, Traffic, exponent_of, remember
 from hvd_shadowsync.errors import EmbeddingError
 
@@ -29,6 +30,7 @@ class Exchange:
         sum_gradients: leave the scale of gradients as it is, in place of each rank's share of the global batch.
         share_memory: let ranks that are all on one host, and have no `wire_dtype`, do without messages.
         debug, owner: see `Meetings`.
+        replicas: of rows, if there are any.
         view: how often ranks have been lost; what was begun in an earlier one is void.
         traffic: so far; lookups are numbered from there.
     """
@@ -44,6 +46,7 @@ class Exchange:
         share_memory: bool,
         debug: bool,
         owner: threading.Thread | None = None,
+        replicas: Replicas | None = None,
         view: int = 0,
         traffic: Traffic | None = None,
     ) -> None:
@@ -55,6 +58,8 @@ class Exchange:
         share = share_memory and wire_dtype is None
         self._host = OneHost.of(comm, router, poller, self.traffic, self.meetings) if share else None
         self._shares = self._host is not None
+        self.replicas = replicas
+        router.after_update = None if replicas is None else replicas.follow
         self._served: dict[int, Lookup] = {}
         self._begun: weakref.WeakValueDictionary[int, Lookup] = weakref.WeakValueDictionary()
 
@@ -193,8 +198,11 @@ class Exchange:
         return self._host if lookup.staged and self._host is not None else self._messages
 
     def _meet(self, call: Call, sizes: Sequence[int] = (), **more: object) -> list[Word]:
-        words = self.meetings.meet(call, sizes, **more)  # type: ignore[arg-type]
+        stale = self.replicas is not None and self.replicas.is_stale
+        words = self.meetings.meet(call, sizes, stale=stale, **more)  # type: ignore[arg-type]
         self.meetings.raise_failure(words)
+        if self.replicas is not None and all(word.call != Call.GLOBAL for word in words):
+            self.replicas.renew([bool(word.stale) for word in words])
         return words
 
     def _begin(self, words: list[Word], asked: list[list[Ask]], batch: Batch, dtype: torch.dtype) -> Lookup:

@@ -100,6 +100,7 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
         )
     assert reader is not None
     failure, _ = _trying(folder, lambda: reader.fill_all(module, group))
+    group.shards.was_set = True
     agree(module, group, "load(): loaded", failure)
     if group.comm.rank == 0 and (anew := reader.without_state(module, group)):
         logger.warning("the optimizer's state begins anew for %s: %s has none that fits", ", ".join(anew), folder)

@@ -56,6 +56,7 @@ class Word(NamedTuple):
         samples: LOOKUP: in the rank's batch.
         trails: UPDATE: whether the rank has no more lookups, so that lookups of others may come first.
         way: LOOKUP: a `carrier.Way`.
+        stale: whether copies of this rank's rows are to be renewed; see `Replicas`.
         size: LOOKUP: for this destination, as `way` says.
         exponent: UPDATE: the gradients were multiplied by 2 to this.
         fingerprint: of the dtype and the optimizer's settings; in debug mode, of the call.
@@ -70,6 +71,7 @@ class Word(NamedTuple):
     fingerprint: int = 0
     trails: int = 0
     way: int = 0
+    stale: int = 0
 
 
 class Meetings:
@@ -102,6 +104,7 @@ class Meetings:
         what: str = "",
         trails: bool = False,
         way: int = 0,
+        stale: bool = False,
         meanwhile: Callable[[], bool] | None = None,
     ) -> list[Word]:
         """Say this to all, a size to each, and return what each says to this rank, by rank (collective).
@@ -112,7 +115,7 @@ class Meetings:
         self.held += 1
         described = f"{always} {what if self.debug else ''}".strip()
         fingerprint = zlib.crc32(described.encode())
-        word = [int(call), self.held, about, samples, 0, exponent, fingerprint, int(trails), way]
+        word = [int(call), self.held, about, samples, 0, exponent, fingerprint, int(trails), way, int(stale)]
         self._out[:] = torch.tensor(word)
         if sizes:
             self._out[:, 4] = torch.tensor(sizes)

@@ -102,7 +102,7 @@ def hash_multiplier(num_embeddings: int) -> int:
     return candidate
 
 
-Part = tuple[int, RowRange | RowHash, tuple[int, int]]
+Extent = tuple[int, RowRange | RowHash, tuple[int, int]]
 """Index of a table, rows, columns."""
 
 
@@ -128,7 +128,7 @@ class Shard:
         return self.columns[1] - self.columns[0]
 
     @property
-    def part(self) -> Part:
+    def extent(self) -> Extent:
         """What it is of which table, whoever holds it."""
         return self.table, self.rows, self.columns
 
@@ -201,7 +201,7 @@ class Plan:
         """Return the shards that `rank` holds, in the order of `shards`."""
         return tuple(shard for shard in self.shards if shard.rank == rank)
 
-    def handed_on(self, ranks: Sequence[int | None], heirs: Mapping[Part, int] = MappingProxyType({})) -> Plan:
+    def handed_on(self, ranks: Sequence[int | None], heirs: Mapping[Extent, int] = MappingProxyType({})) -> Plan:
         """Return where the same parts lie once some ranks are lost.
 
         Args:
@@ -216,7 +216,7 @@ class Plan:
         placed: list[list[int]] = [[] for _ in self.tables]
         for shard in self.shards:
             if (new := ranks[shard.rank]) is None:
-                new = heirs.get(shard.part, holds.index(min(holds)))
+                new = heirs.get(shard.extent, holds.index(min(holds)))
                 holds[new] += shard.numel
             placed[shard.table].append(new)
         placements = [replace(each, ranks=tuple(ranks)) for each, ranks in zip(self.placements, placed, strict=True)]

@@ -23,15 +23,16 @@ Source = Folder | Callable[[], Folder | None] | None
 """A folder of `files.save`, or what returns the newest one, None where there is none yet; None: there is no such."""
 
 
-def take_over(comm: Communicator, before: Group, source: Source) -> tuple[Plan, Shards]:
+def take_over(comm: Communicator, before: Group, copies: Shards | None, source: Source) -> tuple[Plan, Shards]:
     """Return where the parts lie from now on, and this rank's, with all their rows (collective over those left).
 
-    Parts of lost ranks have the rows and the optimizer state of the checkpoint; all others are as they were, in the
-    same memory.
+    Parts of lost ranks go to those that have copies of them; others have the rows and the optimizer state of the
+    checkpoint. All that was not lost is as it was, in the same memory.
 
     Args:
         comm: the ranks that are left.
         before: who held what.
+        copies: those that this rank has and could go on with.
         source: of a checkpoint.
 
     Raises:
@@ -40,15 +41,21 @@ def take_over(comm: Communicator, before: Group, source: Source) -> tuple[Plan, 
     members, plan, shards = before.comm.members, before.plan, before.shards
     ranks = [comm.members.index(number) if number in comm.members else None for number in members]
     lost = [shard for shard in plan.shards if ranks[shard.rank] is None]
-    after, kept = plan.handed_on(ranks), shards.by_part()
+    kept = {**({} if copies is None else copies.by_extent()), **shards.by_extent()}
+    heirs = {extent: rank for rank, held in enumerate(comm.allgather_object(list(kept))) for extent in held}
+    after = plan.handed_on(ranks, heirs)
     taken = Shards(after, comm.rank, shards.rule, shards.dtype, None, kept)
+    if inherited := [shard for shard in lost if shard.extent in heirs]:
+        if comm.rank == 0:
+            _tell(inherited, members, plan, "the copies")
+        lost = [shard for shard in lost if shard.extent not in heirs]
     if lost:
         folder, failure = comm.allgather_object(_find(source) if comm.rank == 0 else None)[0]
         if failure is None:
-            failure = _fill(folder, taken, [shard for shard in taken.owned if shard.part not in kept], after)
+            failure = _fill(folder, taken, [shard for shard in taken.owned if shard.extent not in kept], after)
         _agree(comm, failure)
         if comm.rank == 0:
-            _tell(lost, members, plan, folder)
+            _tell(lost, members, plan, str(folder))
     return after, taken
 
 
@@ -82,12 +89,12 @@ def _agree(comm: Communicator, failure: str | None) -> None:
             raise EmbeddingError(f"rank {comm.members[rank]}: {message}")
 
 
-def _tell(lost: Sequence[Shard], members: Sequence[int], plan: Plan, folder: Path) -> None:
+def _tell(lost: Sequence[Shard], members: Sequence[int], plan: Plan, where: str) -> None:
     by_rank: Mapping[int, set[str]] = {members[shard.rank]: set() for shard in lost}
     for shard in lost:
         by_rank[members[shard.rank]].add(plan.tables[shard.table].name)
     for number, names in by_rank.items():
         logger.warning(
             "rows of %s, which rank %d held, are now those of %s, on the ranks that are left",
-            ", ".join(sorted(names)), number, folder,
+            ", ".join(sorted(names)), number, where,
         )  # fmt: skip

@@ -8,7 +8,7 @@ pools them itself; gradients are summed by row before they travel. An owner does
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -108,6 +108,8 @@ class Router:
         self.layout, self.rank, self.shards, self._kernel = layout, rank, shards, kernel
         self.pieces = layout.pieces[rank]
         self.others = [each for each in range(len(layout.pieces)) if each != rank]
+        self.after_update: Callable[[Sequence[Sequence[Gradient]]], None] | None = None
+        """Called with the gradients of each update, by shard, when it is done."""
         self._not_worth: dict[tuple[int, int], int] = {}
 
     # --- lookups ------------------------------------------------------------------------------------------------------
@@ -239,6 +241,8 @@ class Router:
         for shard, gradient in gradients:
             by_shard[shard].append(gradient)
         self.shards.update(self._kernel, by_shard)
+        if self.after_update is not None:
+            self.after_update(by_shard)
 
     # --- means and weights --------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from hvd_shadowsync.embedding.placement import Placement, Plan
 from hvd_shadowsync.embedding.planner import plan as make_plan
 from hvd_shadowsync.embedding.prefetch import Prefetcher
 from hvd_shadowsync.embedding.recovery import Source, take_over
+from hvd_shadowsync.embedding.replicas import Replicas, copies_of
 from hvd_shadowsync.embedding.routing import Lookup, Router, Traffic
 from hvd_shadowsync.embedding.served import Served
 from hvd_shadowsync.embedding.shards import ROW_DTYPES, Shards, table_seed, whole_blocks
@@ -94,6 +95,9 @@ class ShardedEmbeddingBag(nn.Module):
             checkpoint, as `files.save` writes it, on a file system that all ranks see; or a function that returns the
             newest one, None where there is none yet, called on the first rank that is left in whichever thread
             exchanges. Default None; a `Checkpointer` gives its own. May be assigned later.
+        replication: 2: each rank has a copy of the rows of the rank before as well, with their state, and goes on with
+            them where that is lost (`shadowrun --fault-tolerant`). Takes twice the memory, and a message a step with
+            the rows that an update has changed. Not in mode "served". Default 1, no copies.
         debug: each exchange also carries a fingerprint of the call; default False.
 
     Raises:
@@ -101,9 +105,9 @@ class ShardedEmbeddingBag(nn.Module):
         ReplicaMismatchError: the ranks gave different arguments; raised on every rank.
         TransportError: no usable MPI.
 
-    When a rank is lost the others take its parts over, with rows and optimizer state as they are in the checkpoint, and
-    the batches that were under way update no rows. Without a checkpoint that is an `EmbeddingError` on every rank, in
-    whatever call comes next: lost rows never begin anew.
+    When a rank is lost the others take its parts over, with rows and optimizer state of the copies (`replication=2`) or
+    else of the checkpoint, and the batches that were under way update no rows. Without either that is an
+    `EmbeddingError` on every rank, in whatever call comes next: lost rows never begin anew.
 
     Rows are updated where backward runs through the output; `torch.autograd.grad` towards other tensors does not.
 
@@ -127,6 +131,7 @@ class ShardedEmbeddingBag(nn.Module):
         seed: int = 0,
         communicator: Communicator | None = None,
         recover_from: Source = None,
+        replication: int = 1,
         debug: bool = False,
     ) -> None:
         super().__init__()
@@ -145,6 +150,7 @@ class ShardedEmbeddingBag(nn.Module):
         check_flag("include_last_offset", include_last_offset)
         check_flag("share_memory", share_memory)
         check_flag("debug", debug)
+        _check_replication(replication, mode)
         check_count("seed", seed, least=0)
         if communicator is not None and not isinstance(communicator, Communicator):
             raise TypeError(
@@ -155,7 +161,17 @@ class ShardedEmbeddingBag(nn.Module):
         comm = mpi.world() if communicator is None else communicator.dup()
         self._ranks, self.recover_from = Survivors(comm), recover_from
         plan = _plan_of(self.tables, plan, comm.size, optimizer)
-        self._require_same(comm, plan, optimizer, dtype, wire_dtype, seed, share_memory=share_memory, debug=debug)
+        self._require_same(
+            comm,
+            plan,
+            optimizer,
+            dtype,
+            wire_dtype,
+            seed,
+            share_memory=share_memory,
+            replication=replication,
+            debug=debug,
+        )
         self._layout = Layout(plan)
         self.fused_optimizer = FusedOptimizer(optimizer)
         self.shards = Shards(plan, comm.rank, optimizer, dtype, seed)
@@ -171,7 +187,9 @@ class ShardedEmbeddingBag(nn.Module):
         self._wire_dtype, self._share_memory, self._debug, self._poller = wire_dtype, share_memory, debug, HomePoller()
         self._serves, self._view = mode == "served" and comm.size > 1, 0
         self._end: EmbeddingError | None = None
-        self._exchange = self._make_exchange(comm, self._layout, self.shards, Traffic())
+        self._replication = replication
+        self._replicas = self._make_replicas(comm, plan, self.shards, seed)
+        self._exchange = self._make_exchange(comm, self._layout, self.shards, Traffic(), self._replicas)
         self.group = Group(comm, plan, self.shards, self._exchange.meetings)
         self._worker = Worker(f"shadow-embedding-{self._number}", self._serve_some if self._serves else None)
         self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
@@ -294,6 +312,7 @@ class ShardedEmbeddingBag(nn.Module):
             "id_bytes": traffic.id_bytes,
             "vector_bytes": traffic.vector_bytes,
             "gradient_bytes": traffic.gradient_bytes,
+            "replica_bytes": 0 if self._replicas is None else self._replicas.bytes_sent,
             "bytes_per_step": total / max(traffic.lookups, 1),
             "ranks_lost": len(self._ranks.lost),
         }
@@ -346,7 +365,13 @@ class ShardedEmbeddingBag(nn.Module):
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _make_exchange(
-        self, comm: Communicator, layout: Layout, shards: Shards, traffic: Traffic, view: int = 0
+        self,
+        comm: Communicator,
+        layout: Layout,
+        shards: Shards,
+        traffic: Traffic,
+        replicas: Replicas | None,
+        view: int = 0,
     ) -> Exchange | Served:
         router = Router(layout, comm.rank, shards, self._kernel)
         sums = self._gradients == "sum"
@@ -358,8 +383,14 @@ class ShardedEmbeddingBag(nn.Module):
             )  # fmt: skip
         return Exchange(
             comm, router, self._poller, wire_dtype=self._wire_dtype, sum_gradients=sums,
-            share_memory=self._share_memory, debug=self._debug, owner=self._owner, view=view, traffic=traffic,
+            share_memory=self._share_memory, debug=self._debug, owner=self._owner, replicas=replicas, view=view,
+            traffic=traffic,
         )  # fmt: skip
+
+    def _make_replicas(self, comm: Communicator, plan: Plan, shards: Shards, seed: int | None) -> Replicas | None:
+        if self._replication == 1 or comm.size == 1:
+            return None
+        return Replicas(comm, self._poller, self._kernel, shards, copies_of(plan, comm.rank, shards, seed))
 
     def _begin(self, inputs: Any, *, trains: bool) -> Callable[[], Lookup]:
         """Read `inputs`; return what is to be done then, where a wrong input makes all ranks fail."""
@@ -472,17 +503,21 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _take_over(self, comm: Communicator, *, looks_up: bool) -> Callable[[], bool]:
         """Get all ready; return what changes this object once all ranks are as far, and tells whether to serve."""
-        plan, shards = take_over(comm, self.group, self.recover_from)
+        usable = None if self._replicas is None or self.shards.was_set else self._replicas.copies
+        plan, shards = take_over(comm, self.group, usable, self.recover_from)
+        replicas = self._make_replicas(comm, plan, shards, None)
+        if replicas is not None:
+            replicas.renew([True] * comm.size)
         done = self._exchange.traffic.lookups
         everyone: list[tuple[int, bool]] = comm.allgather_object((done, looks_up and not self._serves))
         most = done if self._serves else max(each for each, _ in everyone)
         again = [late and each < most for each, late in everyone]
         traffic = replace(self._exchange.traffic, lookups=most - any(again))
         view = self._view + 1
-        exchange = self._make_exchange(comm, Layout(plan), shards, traffic, view)
+        exchange = self._make_exchange(comm, Layout(plan), shards, traffic, replicas, view)
 
         def begin() -> bool:
-            self.shards, self._exchange, self._view = shards, exchange, view
+            self.shards, self._replicas, self._exchange, self._view = shards, replicas, exchange, view
             self.group = Group(comm, plan, shards, exchange.meetings)
             return any(again) and not again[comm.rank]
 
@@ -508,13 +543,13 @@ class ShardedEmbeddingBag(nn.Module):
 
     def _require_same(
         self, comm: Communicator, plan: Plan, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None,
-        seed: int, *, share_memory: bool, debug: bool,
+        seed: int, *, share_memory: bool, replication: int, debug: bool,
     ) -> None:  # fmt: skip
         if comm.size > 1:
             settings: dict[str, Any] = {f"table {table.name!r}": _described(table) for table in self.tables}
             settings |= {"plan": plan.placements, "optimizer": rule, "gradients": self._gradients}
             settings |= {"mode": self._mode, "dtype": dtype, "wire_dtype": wire, "seed": seed}
-            settings |= {"share_memory": share_memory, "debug": debug}
+            settings |= {"share_memory": share_memory, "replication": replication, "debug": debug}
             agree.require_same(comm, agree.describe_settings(settings))
 
     def _close_at_exit(self) -> None:
@@ -545,6 +580,8 @@ class ShardedEmbeddingBag(nn.Module):
             )
         self.wait()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._replicas is not None:
+            self._replicas.copies._apply(fn)
         self._out_dtype, self._out_device = probe.dtype, probe.device
         self._dtype = probe.dtype if probe.dtype in ROW_DTYPES else self._dtype
         return self
@@ -585,6 +622,17 @@ def _named(optimizer: Any) -> str:
 def _require_usable_name(name: str) -> None:
     if hasattr(nn.Module(), name):
         raise ValueError(f"table {name!r} is replicated, but no parameter can be called so; rename the table")
+
+
+def _check_replication(replication: int, mode: str) -> None:
+    check_count("replication", replication, least=1)
+    if replication > 2:
+        raise ValueError(f"replication={replication} is not supported; give 1 (no copies) or 2")
+    if replication == 2 and mode == "served":
+        raise ValueError(
+            "replication=2 needs mode='alltoall', where updates come together; with mode='served' let a Checkpointer "
+            "keep the rows (recover_from)"
+        )
 
 
 def _wait_before_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:

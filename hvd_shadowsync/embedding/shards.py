@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hvd_shadowsync.embedding import pages
 from hvd_shadowsync.embedding.kernels.base import Gradient, Kernel, Update
 from hvd_shadowsync.embedding.optimizers import Adagrad, RowWiseAdagrad, SparseOptimizer
-from hvd_shadowsync.embedding.placement import Part, Plan, RowRange, Shard
+from hvd_shadowsync.embedding.placement import Extent, Plan, RowRange, Shard
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 from hvd_shadowsync.owned import mark_owned
 
@@ -51,18 +51,20 @@ class Shards(nn.Module):
         rule: SparseOptimizer,
         dtype: torch.dtype,
         seed: int | None,
-        kept: Mapping[Part, Rows] = MappingProxyType({}),
+        kept: Mapping[Extent, Rows] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.owned = plan.of_rank(rank)
         self.rule, self.dtype = rule, dtype
+        self.was_set = False
+        """Whether rows were set by other means than updates; whoever has copies takes it back."""
         self._keys: list[str] = []
         for shard in self.owned:
             table = plan.tables[shard.table]
             holder = nn.Module()
             self._keys.append(f"{table.name}/{_place_of(shard)}")
             self.add_module(self._keys[-1], holder)
-            if (rows := kept.get(shard.part)) is not None:
+            if (rows := kept.get(shard.extent)) is not None:
                 for name, tensor in {"weight": rows.weight, **rows.state, "steps": rows.steps}.items():
                     holder.register_buffer(name, tensor)
                 continue
@@ -73,7 +75,7 @@ class Shards(nn.Module):
                 holder.register_buffer(name, pages.empty(shape, dtype).fill_(start))
             holder.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         for index, shard in enumerate(self.owned):
-            if seed is not None and shard.part not in kept:
+            if seed is not None and shard.extent not in kept:
                 initialise(self[index].weight, shard, plan.tables[shard.table], table_seed(seed, shard.table))
         self._mark()
         self.register_load_state_dict_post_hook(_make_usable)  # type: ignore[no-untyped-call]
@@ -81,21 +83,21 @@ class Shards(nn.Module):
     def __len__(self) -> int:
         return len(self.owned)
 
-    def by_part(self) -> dict[Part, Rows]:
+    def by_extent(self) -> dict[Extent, Rows]:
         """Return all that is here."""
-        return {shard.part: self[index] for index, shard in enumerate(self.owned)}
+        return {shard.extent: self[index] for index, shard in enumerate(self.owned)}
 
     def __getitem__(self, index: int) -> Rows:
         buffers = self._modules[self._keys[index]]._buffers  # type: ignore[union-attr]
         return Rows(buffers["weight"], {name: buffers[name] for name in self.rule.slots}, buffers["steps"])  # type: ignore[arg-type, misc]
 
-    def update(self, kernel: Kernel, gradients: list[list[Gradient]]) -> None:
+    def update(self, kernel: Kernel, gradients: Sequence[Sequence[Gradient]]) -> None:
         """Take one step on every shard: `gradients` has a list for each."""
         by_step: dict[int, list[Update]] = {}
         for index, found in enumerate(gradients):
             weight, state, steps = self[index]
             steps += 1
-            by_step.setdefault(int(steps), []).append(Update(weight, tuple(state.values()), found))
+            by_step.setdefault(int(steps), []).append(Update(weight, tuple(state.values()), list(found)))
         for step, updates in by_step.items():
             kernel.update(self.rule, step, updates)
 
@@ -116,6 +118,7 @@ class Shards(nn.Module):
             holder: Any = self._modules[self._keys[index]]
             for name in ("weight", *self.rule.slots):
                 holder._buffers[name] = pages.converted(holder._buffers[name].detach(), self.dtype)
+        self.was_set = True
         self._mark()
 
     def _mark(self) -> None:

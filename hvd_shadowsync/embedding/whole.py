@@ -128,6 +128,7 @@ def load_global_state_dict(module: Sharded, blocks: Iterable[Block] | Mapping[st
         loading.finish()
     except Exception as error:  # of the caller's iterator: the other ranks wait for this one
         failure = str(error) if isinstance(error, CheckpointError) else f"blocks ended in {error!r}"
+    group.shards.was_set = True
     agree(module, group, "load_global_state_dict(): loaded", failure)
 
 

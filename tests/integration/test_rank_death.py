@@ -238,6 +238,16 @@ def test_rows_of_a_lost_rank_come_from_the_last_checkpoint(
         assert sum(len(each) for _, each in files.read(newest / "model.pt.0", table)) == rows
 
 
+@pytest.mark.parametrize("victims", [[1], [0, 2]])
+def test_rows_of_a_lost_rank_come_from_its_copy(victims: list[int], tmp_path: Path) -> None:
+    faults = [fault(rank, "row update", 15 + 20 * number) for number, rank in enumerate(victims)]
+    outcome = run(3, faults, tmp_path, tables=True, replication=2)
+    left = require_survival(outcome, 3, faults)
+    assert {each["size"] for each in left} == {3 - len(victims)}
+    assert len({each["rows"] for each in left}) == 1
+    assert "are now those of the copies" in outcome.errors
+
+
 def test_rows_of_sharded_tables_that_are_lost_end_the_job(tmp_path: Path) -> None:
     outcome = run(3, [fault(1, "step", 15)], tmp_path, tables=True)
     assert outcome.code not in (0, None)

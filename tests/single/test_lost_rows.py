@@ -1,4 +1,4 @@
-"""Sharded tables of which ranks are lost at any moment: the others have their rows from a checkpoint, and go on."""
+"""Sharded tables of which ranks are lost at any moment: others have their rows from a checkpoint, or copies of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hvd_shadowsync import (
 )
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
-from hvd_shadowsync.embedding import SGD, Adagrad, RowWiseAdagrad, files
+from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files
 from hvd_shadowsync.embedding.placement import Placement, Plan
 
 TABLES = [
@@ -39,7 +39,7 @@ PLAN: Mapping[str, Placement | str] = {
     "days": "row-wise",
 }
 MODES: list[dict[str, Any]] = [{"mode": "alltoall"}, {"mode": "served"}]
-CALLS = [*range(1, 40), *range(40, 140, 7), 10**9]
+CALLS = [*range(1, 40, 2), *range(40, 140, 9), 10**9]
 """Numbers of the call, of whichever communicator, in which a rank is lost."""
 
 
@@ -89,6 +89,18 @@ def train(module: ShardedEmbeddingBag, steps: int, *, first: int = 0) -> None:
         module(batch(module.rank, step)).square().sum().backward()
 
 
+def train_in_ways(module: ShardedEmbeddingBag, how: str) -> None:
+    if how == "prefetch":
+        for each in module.prefetch([batch(module.rank, step) for step in range(5)], depth=2):
+            module(each).square().sum().backward()
+    elif how == "unequal":
+        train(module, 3 + module.rank)
+        module.join()
+    else:
+        train(module, 5)
+    module.wait()
+
+
 def job(comm: Communicator, saved: Path, rule: Any, how: str, **options: Any) -> tuple[int, dict[str, Tensor]] | None:
     """Train with every call that a training makes; return how many ranks are left, and the tables.
 
@@ -101,15 +113,7 @@ def job(comm: Communicator, saved: Path, rule: Any, how: str, **options: Any) ->
         comm.die()
         return None
     again(lambda: files.load(saved, module))
-    if how == "prefetch":
-        for each in module.prefetch([batch(module.rank, step) for step in range(5)], depth=2):
-            module(each).square().sum().backward()
-    elif how == "unequal":
-        train(module, 3 + comm.rank)
-        module.join()
-    else:
-        train(module, 5)
-    module.wait()
+    train_in_ways(module, how)
     with torch.no_grad():
         module(batch(module.rank, 9))
     found = again(lambda: whole(module))
@@ -204,11 +208,11 @@ def lost(comm: Communicator, source: Any, **options: Any) -> str:
     """Lose rank 1 between two steps; return the error of the others, or "none"."""
     assert isinstance(comm, local.LocalCommunicator)
     module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, recover_from=source, **options)
-    train(module, 2)
-    if comm.rank == 1:
-        module.wait()
-        comm.die()
     try:
+        train(module, 2)
+        if comm.rank == 1:
+            module.wait()
+            comm.die()
         train(module, 3)
     except EmbeddingError as error:
         assert "a rank was lost (rank 1), and" in str(error)
@@ -314,6 +318,136 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(rows, weight, rtol=0, atol=0)
 
 
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+RULES = [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)]
+
+
+@pytest.mark.parametrize("dies", [[1], [1, 0], [2, 1], [0, 1]], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.leaves_threads
+def test_a_copy_is_bit_by_bit_what_its_owner_had(hosts: str, rule: Any, dtype: torch.dtype, dies: list[int]) -> None:
+    """Ranks die one after the other, between two steps; copies are made anew in between."""
+
+    def program(comm: Communicator) -> int:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, rule, communicator=comm, replication=2)
+        if dtype is torch.float64:
+            module.double()
+        train(module, 3)
+        for number in dies:
+            had = whole(module)
+            if number == comm.rank:
+                comm.die()
+            has = again(lambda: whole(module))
+            assert has.keys() == had.keys()
+            for name, values in had.items():
+                torch.testing.assert_close(has[name], values, rtol=0, atol=0)
+            train(module, 3, first=3)
+        size = module.size
+        module.close()
+        return size
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert [each for each in ended if each is not None] == [3 - len(dies)] * (3 - len(dies))
+
+
+@pytest.mark.parametrize("how", ["steps", "prefetch", "unequal"])
+@pytest.mark.leaves_threads
+def test_whenever_a_rank_is_lost_in_training_its_rows_are_those_of_its_copy(hosts: str, how: str) -> None:
+    """With a learning rate of 0 rows stay what they were at first."""
+
+    def program(comm: Communicator) -> dict[str, Tensor]:
+        assert isinstance(comm, local.LocalCommunicator)
+        try:
+            module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.0), communicator=comm, replication=2)
+        except RankLostError:
+            comm.die()
+            raise
+        train_in_ways(module, how)
+        found: dict[str, Tensor] = again(lambda: whole(module))
+        module.close()
+        return found
+
+    undisturbed = local.run(3, program, timeout_s=TIMEOUT_S)[0]
+    for call in CALLS:
+        ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={1: call})
+        for each in (ended[0], ended[2]):
+            for name in weights() if each is not None else ():
+                torch.testing.assert_close(each[f"{name}/weight"], undisturbed[f"{name}/weight"], rtol=0, atol=0)
+
+
+@pytest.mark.leaves_threads
+def test_rows_that_were_loaded_are_copied_at_the_next_lookup() -> None:
+    def program(comm: Communicator, before: bool) -> str:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, Adagrad(lr=0.0), communicator=comm, replication=2)
+        state = {name: torch.full_like(each, 5.0) for name, each in module.state_dict().items()}
+        module.load_state_dict(state)
+        if not before:
+            train(module, 1)
+        if comm.rank == 1:
+            comm.die()
+        try:
+            found = again(lambda: whole(module))
+        except EmbeddingError as error:
+            return str(error)
+        assert all(bool((each == 5).all()) for name, each in found.items() if name.endswith("weight"))
+        module.load_global_state_dict(weights())
+        train(module, 1)
+        module.close()
+        return "copied"
+
+    ended = local.run(3, lambda comm: program(comm, False), timeout_s=TIMEOUT_S, kill={})
+    assert [ended[0], ended[2]] == ["copied"] * 2
+    ended = local.run(3, lambda comm: program(comm, True), timeout_s=TIMEOUT_S, kill={})
+    assert all("no checkpoint is known that has them" in each for each in (ended[0], ended[2]))
+
+
+@pytest.mark.leaves_threads
+def test_what_has_no_copy_left_comes_from_the_checkpoint(saved: Path) -> None:
+    """Rank 2 has the copies of rank 1, and both are lost at once."""
+
+    def program(comm: Communicator, source: Path | None) -> Any:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(
+            TABLES, PLAN, RowWiseAdagrad(lr=0.0), communicator=comm, replication=2, recover_from=source
+        )
+        files.load(saved, module)
+        train(module, 2)
+        if comm.rank in (1, 2):
+            comm.die()
+        try:
+            found = again(lambda: whole(module))
+        except EmbeddingError as error:
+            return str(error)
+        module.close()
+        return found
+
+    ended = local.run(4, lambda comm: program(comm, saved), timeout_s=TIMEOUT_S, kill={})
+    for each in (ended[0], ended[3]):
+        for name, weight in weights().items():
+            torch.testing.assert_close(each[f"{name}/weight"], weight, rtol=0, atol=0)
+    ended = local.run(4, lambda comm: program(comm, None), timeout_s=TIMEOUT_S, kill={})
+    assert all("(rank 1, rank 2), and with it the rows" in each for each in (ended[0], ended[3]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replication": 3}, "replication=3 is not supported; give 1"),
+        ({"replication": 0}, "replication=0"),
+        ({"replication": 2, "mode": "served"}, "replication=2 needs mode='alltoall'"),
+    ],
+    ids=str,
+)
+def test_other_numbers_of_copies_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=local.world(1)[0], **options)
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
@@ -322,9 +456,9 @@ def test_lost_parts_go_to_those_that_hold_least() -> None:
     after = before.handed_on([0, None, 1])
     assert after.world_size == 2
     assert after.inherited
-    assert {shard.part for shard in after.shards} == {shard.part for shard in before.shards}
+    assert {shard.extent for shard in after.shards} == {shard.extent for shard in before.shards}
     for old, new in zip(before.shards, after.shards, strict=True):
-        assert new.part == old.part
+        assert new.extent == old.extent
         assert old.rank == 1 or new.rank == {0: 0, 2: 1}[old.rank]
     taken = [new for old, new in zip(before.shards, after.shards, strict=True) if old.rank == 1]
     assert {shard.rank for shard in taken} == {1}, "rank 0 has all of the largest table"

@@ -203,8 +203,9 @@ class TrainingWithTables:
     def __init__(self) -> None:
         tables = [EmbeddingTable("a", 50, 4), EmbeddingTable("b", 30, 4)]
         self.bags = ShardedEmbeddingBag(
-            tables, {"a": "row-wise", "b": "table-wise"}, RowWiseAdagrad(0.1), mode=OPTIONS.get("mode", "alltoall")
-        )
+            tables, {"a": "row-wise", "b": "table-wise"}, RowWiseAdagrad(0.1), mode=OPTIONS.get("mode", "alltoall"),
+            replication=OPTIONS.get("replication", 1),
+        )  # fmt: skip
         self.top = torch.nn.Linear(8, 1)
         self.model = torch.nn.Sequential(self.bags, self.top)
         self.optimizer = torch.optim.SGD(self.top.parameters(), lr=0.05)

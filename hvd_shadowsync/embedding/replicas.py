@@ -1,0 +1,140 @@
+"""A copy of each rank's rows on the next rank, from which they go on when the rank is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvd_shadowsync.comm.base import Communicator, Request
+from hvd_shadowsync.comm.poll import Poller
+from hvd_shadowsync.embedding.kernels.base import Gradient, Kernel
+from hvd_shadowsync.embedding.placement import Plan
+from hvd_shadowsync.embedding.shards import Rows, Shards
+
+SIZE_TAG, ROWS_TAG, WHOLE_TAG = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
+BLOCK_BYTES = 1 << 26
+
+
+class Touched(NamedTuple):
+    """The index of a shard, and the rows of it that an update has changed, each once."""
+
+    shard: int
+    rows: Tensor
+
+
+class Replicas:
+    """This rank's rows on the next one, and those of the one before here; for the thread that exchanges.
+
+    After each update its owner sends the rows that it has changed, as they are now with their state: so a copy is bit
+    by bit what the owner has, or lacks the one update in which the owner was lost.
+
+    Args:
+        comm: two ranks or more; calls of this object come in between those of the exchange.
+        shards: of this rank.
+        copies: of the rank before.
+    """
+
+    def __init__(self, comm: Communicator, poller: Poller, kernel: Kernel, shards: Shards, copies: Shards) -> None:
+        self._comm, self._poller, self._kernel = comm, poller, kernel
+        self._shards, self.copies = shards, copies
+        self._next, self._before = (comm.rank + 1) % comm.size, before(comm.rank, comm.size)
+        self.bytes_sent = 0
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether rows of this rank were set by other means than an update since they were last sent as a whole."""
+        return self._shards.was_set
+
+    def follow(self, gradients: Sequence[Sequence[Gradient]]) -> None:
+        """Send the rows that an update of `gradients`, by shard, has changed, and take in the others' (collective)."""
+        message = self._pack(self._touched(gradients))
+        size, theirs = torch.tensor([len(message)]), torch.zeros(1, dtype=torch.int64)
+        arriving = self._comm.irecv(theirs, self._before, SIZE_TAG)
+        sending = [self._comm.isend(size, self._next, SIZE_TAG), self._comm.isend(message, self._next, ROWS_TAG)]
+        self._poller.wait([arriving])
+        received = torch.empty(int(theirs), dtype=torch.uint8)
+        self._poller.wait([self._comm.irecv(received, self._before, ROWS_TAG), *sending])
+        self._unpack(received)
+        self.bytes_sent += size.nbytes + message.nbytes
+
+    def renew(self, stale: Sequence[bool]) -> None:
+        """Send all rows of the ranks that are `stale` (collective)."""
+        requests: list[Request] = []
+        if stale[self._comm.rank]:
+            for block in _blocks(self._shards):
+                requests.append(self._comm.isend(block, self._next, WHOLE_TAG))
+                self.bytes_sent += block.nbytes
+        if stale[self._before]:
+            requests += [self._comm.irecv(block, self._before, WHOLE_TAG) for block in _blocks(self.copies)]
+        self._poller.wait(requests)
+        if stale[self._comm.rank]:
+            self._shards.was_set = False
+
+    def _touched(self, gradients: Sequence[Sequence[Gradient]]) -> Iterator[Touched]:
+        for index, found in enumerate(gradients):
+            ids = [each.bags.ids.int() for each in found if each.bags.ids.numel()]
+            if ids:
+                yield Touched(index, self._kernel.unique(torch.cat(ids))[0])
+
+    def _pack(self, touched: Iterator[Touched]) -> Tensor:
+        """Return a head of a count and the steps of each shard, int64, then ids, weights and state of each shard."""
+        head = torch.zeros(len(self._shards), 2, dtype=torch.int64)
+        arrays: list[Tensor] = []
+        for index in range(len(self._shards)):
+            head[index, 1] = self._shards[index].steps
+        for index, ids in touched:
+            head[index, 0] = len(ids)
+            rows = self._shards[index]
+            arrays += [ids, *(tensor[ids] for tensor in (rows.weight, *rows.state.values()))]
+        return torch.cat([_bytes(head), *map(_bytes, arrays)])
+
+    def _unpack(self, message: Tensor) -> None:
+        take = _taker(message)
+        head = take((len(self.copies), 2), torch.int64)
+        for index, (count, steps) in enumerate(head.tolist()):
+            rows = self.copies[index]
+            rows.steps.fill_(steps)
+            if count:
+                ids = take((count,), torch.int32)
+                for tensor in (rows.weight, *rows.state.values()):
+                    tensor[ids] = take((count, *tensor.shape[1:]), tensor.dtype)
+
+
+def before(rank: int, size: int) -> int:
+    """Return the rank whose rows `rank` has a copy of."""
+    return (rank - 1) % size
+
+
+def copies_of(plan: Plan, rank: int, shards: Shards, seed: int | None) -> Shards:
+    """Return what `rank` has of the rank before: with a `seed` its initial values, else nothing yet."""
+    return Shards(plan, before(rank, plan.world_size), shards.rule, shards.dtype, seed)
+
+
+def _blocks(shards: Shards) -> Iterator[Tensor]:
+    """Iterate over the memory of `shards`, in the same blocks wherever they are."""
+    for index in range(len(shards)):
+        rows: Rows = shards[index]
+        yield rows.steps
+        for tensor in (rows.weight, *rows.state.values()):
+            step = max(1, BLOCK_BYTES // max(1, tensor[:1].nbytes))
+            yield from (tensor[first : first + step] for first in range(0, len(tensor), step))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _taker(message: Tensor) -> Callable[[tuple[int, ...], torch.dtype], Tensor]:
+    """Return what takes one array after the other out of `message`."""
+    at = 0
+
+    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nonlocal at
+        num_bytes = dtype.itemsize * torch.Size(shape).numel()
+        at += num_bytes
+        return message[at - num_bytes : at].clone().view(dtype).view(shape)
+
+    return take
