@@ -1,4 +1,4 @@
-"""Sharded embeddings: speed beside the peers, a slow rank, two hosts with a slow link, memory.
+"""Sharded embeddings: speed beside the peers, a slow rank, two hosts with a slow link, memory, copies.
 
 launch/peers                                                        # torchrec and FBGEMM, in an environment of theirs
 python benchmarks/embedding.py speed                                # starts all contenders itself, in turns
@@ -7,6 +7,7 @@ launch/emulated-cluster up 2 --rate 1gbit
 launch/emulated-cluster run 2 python benchmarks/embedding.py hosts --rate-mbit 1000
 launch/emulated-cluster down
 shadowrun -np 2 python benchmarks/embedding.py memory --rows 40000000
+shadowrun -np 2 python benchmarks/embedding.py copies               # replication=2 beside none
 """
 
 from __future__ import annotations
@@ -166,6 +167,44 @@ def slow(arguments: argparse.Namespace) -> None:
         module.close()
 
 
+def copies(arguments: argparse.Namespace) -> None:
+    """samples/s with a copy of each rank's rows on the next rank, side by side with none"""
+    from mpi4py import MPI
+
+    from hvd_shadowsync.embedding import RowWiseAdagrad, ShardedEmbeddingBag
+
+    comm = MPI.COMM_WORLD
+    for ids in arguments.ids:
+        tables, batches = tables_and_batches(arguments, ids, comm.rank, comm.size)
+        plan = {table.name: "table-wise" for table in tables}
+        rule = RowWiseAdagrad(0.02, eps=1e-8)
+        modules = {
+            "none": ShardedEmbeddingBag(tables, plan, rule),
+            "a copy": ShardedEmbeddingBag(tables, plan, rule, replication=2),
+        }
+        found: dict[str, list[float]] = {name: [] for name in modules}
+        for _ in range(arguments.repeats):
+            for name, module in modules.items():
+                for batch in ring(batches, 4):
+                    module(batch).mean().backward()
+                comm.Barrier()
+                begun = time.perf_counter()
+                for batch in ring(batches, arguments.steps):
+                    module(batch).mean().backward()
+                seconds = comm.allreduce(time.perf_counter() - begun, MPI.MAX)
+                found[name].append(arguments.steps * arguments.batch_size * comm.size / seconds)
+        if comm.rank == 0:
+            sent = modules["a copy"].metrics()
+            print(f"{ids} ids a feature; rank 0 sends {sent['replica_bytes'] / sent['updates'] / 1e6:.2f} MB a step\n")
+            print("| copies | samples/s, median | worst | best | / none |\n|---|---|---|---|---|")
+            for name, rates in found.items():
+                share = statistics.median(a / b for a, b in zip(rates, found["none"], strict=True))
+                middle = statistics.median(rates)
+                print(f"| {name} | {middle:.0f} | {min(rates):.0f} | {max(rates):.0f} | {share:.2f} |", flush=True)
+        for module in modules.values():
+            module.close()
+
+
 def steps_within(step: Callable[[Any], None], batches: list[Any], seconds: float, *, lockstep: bool) -> int:
     """Take steps for so many seconds; in lockstep all ranks take equally many."""
     from mpi4py import MPI
@@ -299,6 +338,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "slow": slow,
     "hosts": hosts,
     "memory": memory,
+    "copies": copies,
 }
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Replicas:
 
     def follow(self, gradients: Sequence[Sequence[Gradient]]) -> None:
         """Send the rows that an update of `gradients`, by shard, has changed, and take in the others' (collective)."""
-        message = self._pack(self._touched(gradients))
+        message = self._pack(list(self._touched(gradients)))
         size, theirs = torch.tensor([len(message)]), torch.zeros(1, dtype=torch.int64)
         arriving = self._comm.irecv(theirs, self._before, SIZE_TAG)
         sending = [self._comm.isend(size, self._next, SIZE_TAG), self._comm.isend(message, self._next, ROWS_TAG)]
@@ -79,28 +79,38 @@ class Replicas:
             if ids:
                 yield Touched(index, self._kernel.unique(torch.cat(ids))[0])
 
-    def _pack(self, touched: Iterator[Touched]) -> Tensor:
+    def _pack(self, touched: Sequence[Touched]) -> Tensor:
         """Return a head of a count and the steps of each shard, int64, then ids, weights and state of each shard."""
         head = torch.zeros(len(self._shards), 2, dtype=torch.int64)
-        arrays: list[Tensor] = []
         for index in range(len(self._shards)):
             head[index, 1] = self._shards[index].steps
         for index, ids in touched:
             head[index, 0] = len(ids)
+        places = list(_places(head, self._shards))
+        message = torch.empty(places[-1].stop if places else 0, dtype=torch.uint8)
+        _view(message, places[0], head).copy_(head)
+        number = 1
+        for index, ids in touched:
+            _view(message, places[number], ids).copy_(ids)
             rows = self._shards[index]
-            arrays += [ids, *(tensor[ids] for tensor in (rows.weight, *rows.state.values()))]
-        return torch.cat([_bytes(head), *map(_bytes, arrays)])
+            for tensor in (rows.weight, *rows.state.values()):
+                number += 1
+                shape = (len(ids), *tensor.shape[1:])
+                torch.index_select(tensor, 0, ids, out=_view(message, places[number], tensor).view(shape))
+            number += 1
+        return message
 
     def _unpack(self, message: Tensor) -> None:
-        take = _taker(message)
-        head = take((len(self.copies), 2), torch.int64)
+        head = message[: 16 * len(self.copies)].view(torch.int64).view(-1, 2)
+        places = iter(_places(head, self.copies))
+        next(places)
         for index, (count, steps) in enumerate(head.tolist()):
             rows = self.copies[index]
             rows.steps.fill_(steps)
             if count:
-                ids = take((count,), torch.int32)
+                ids = _view(message, next(places), torch.empty(0, dtype=torch.int32)).long()
                 for tensor in (rows.weight, *rows.state.values()):
-                    tensor[ids] = take((count, *tensor.shape[1:]), tensor.dtype)
+                    tensor.index_copy_(0, ids, _view(message, next(places), tensor).view(count, *tensor.shape[1:]))
 
 
 def before(rank: int, size: int) -> int:
@@ -123,18 +133,22 @@ def _blocks(shards: Shards) -> Iterator[Tensor]:
             yield from (tensor[first : first + step] for first in range(0, len(tensor), step))
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _places(head: Tensor, shards: Shards) -> Iterator[slice]:
+    """Iterate over where in a message its head is, and what follows it; each begins at a multiple of 8 bytes."""
+    end = head.nbytes
+    yield slice(0, end)
+    for index, count in enumerate(head[:, 0].tolist()):
+        if count:
+            rows = shards[index]
+            sizes = [count * torch.int32.itemsize]
+            sizes += [count * tensor[:1].nbytes for tensor in (rows.weight, *rows.state.values())]
+            for num_bytes in sizes:
+                start = end + -end % 8
+                end = start + num_bytes
+                yield slice(start, end)
 
 
-def _taker(message: Tensor) -> Callable[[tuple[int, ...], torch.dtype], Tensor]:
-    """Return what takes one array after the other out of `message`."""
-    at = 0
-
-    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        nonlocal at
-        num_bytes = dtype.itemsize * torch.Size(shape).numel()
-        at += num_bytes
-        return message[at - num_bytes : at].clone().view(dtype).view(shape)
-
-    return take
+def _view(message: Tensor, place: slice, like: Tensor) -> Tensor:
+    """Return a part of `message` as a vector of the dtype of `like`, or as `like` where that is as large."""
+    values = message[place].view(like.dtype)
+    return values.view(like.shape) if values.numel() == like.numel() else values
