@@ -161,20 +161,8 @@ class ShardedEmbeddingBag(nn.Module):
         comm = mpi.world() if communicator is None else communicator.dup()
         self._ranks, self.recover_from = Survivors(comm), recover_from
         plan = _plan_of(self.tables, plan, comm.size, optimizer)
-        self._require_same(
-            comm,
-            plan,
-            optimizer,
-            dtype,
-            wire_dtype,
-            seed,
-            share_memory=share_memory,
-            replication=replication,
-            debug=debug,
-        )
         self._layout = Layout(plan)
         self.fused_optimizer = FusedOptimizer(optimizer)
-        self.shards = Shards(plan, comm.rank, optimizer, dtype, seed)
         self.replicated = nn.Module()
         for index in plan.replicated:
             _require_usable_name(self.tables[index].name)
@@ -188,16 +176,14 @@ class ShardedEmbeddingBag(nn.Module):
         self._serves, self._view = mode == "served" and comm.size > 1, 0
         self._end: EmbeddingError | None = None
         self._replication = replication
-        self._replicas = self._make_replicas(comm, plan, self.shards, seed)
-        self._exchange = self._make_exchange(comm, self._layout, self.shards, Traffic(), self._replicas)
-        self.group = Group(comm, plan, self.shards, self._exchange.meetings)
+        self._ranks.together(functools.partial(self._begin_together, plan, comm.members, optimizer, seed))()
         self._worker = Worker(f"shadow-embedding-{self._number}", self._serve_some if self._serves else None)
         self._ahead: deque[tuple[Any, Future[Lookup]]] = deque()
         _OPEN[self._number] = self
         _keep_compilers_out()
         self.register_state_dict_pre_hook(_wait_before_state)  # type: ignore[no-untyped-call]
         self._release: Callable[[], object] = self._ranks.free
-        if comm.spans_processes and self.size > 1:
+        if comm.spans_processes and comm.size > 1:
             atexit.register(self._close_at_exit)
         elif comm.spans_processes:  # MPI wants it back though there is nobody to close with
             self._release = weakref.finalize(self, self._ranks.free)
@@ -362,6 +348,26 @@ class ShardedEmbeddingBag(nn.Module):
         self._ahead.popleft()
         return lookup.result()
 
+    def _begin_together(
+        self, plan: Plan, members: tuple[int, ...], rule: SparseOptimizer, seed: int, comm: Communicator
+    ) -> Callable[[], None]:
+        """Get all ready for the first lookup; return what sets this object up once all ranks are as far.
+
+        A rank that is lost meanwhile has learned nothing that its heirs have not from the seed.
+        """
+        self._require_same(comm, plan, rule, seed)
+        if comm.members != members:
+            plan = plan.handed_on([comm.members.index(each) if each in comm.members else None for each in members])
+        shards = Shards(plan, comm.rank, rule, self._dtype, seed)
+        replicas = self._make_replicas(comm, plan, shards, seed)
+        exchange = self._make_exchange(comm, Layout(plan), shards, Traffic(), replicas)
+
+        def begin() -> None:
+            self.shards, self._replicas, self._exchange = shards, replicas, exchange
+            self.group = Group(comm, plan, shards, exchange.meetings)
+
+        return begin
+
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _make_exchange(
@@ -464,6 +470,20 @@ class ShardedEmbeddingBag(nn.Module):
                 self._worker.submit(lambda: self._together(lambda: self.group.comm.check())).result()
         return self._together(call)
 
+    def settle(self, group: Group) -> None:
+        """Return on all ranks once all are here, or raise `RankLostError` on all; in the training thread."""
+        if (lost := self._do(lambda: self._settled(group))) is not None:
+            raise lost
+
+    def _settled(self, group: Group) -> RankLostError | None:
+        if self.group is not group:
+            return RankLostError("ranks have gone on without one that was lost")
+        try:
+            self._ranks.agreed(lambda _: None)
+        except RankLostError as lost:
+            return lost
+        return None
+
     def _together(self, call: Callable[[], T], *, looks_up: bool = False) -> T:
         """Do what all ranks do together, in the thread that exchanges; again where a rank is lost meanwhile.
 
@@ -541,15 +561,12 @@ class ShardedEmbeddingBag(nn.Module):
         weights = None if weights is None else weights.to(weight.device, weight.dtype)
         return embedding_bag(ids.long(), weight, ends.to(weight.device), mode=table.pooling, per_sample_weights=weights)
 
-    def _require_same(
-        self, comm: Communicator, plan: Plan, rule: SparseOptimizer, dtype: torch.dtype, wire: torch.dtype | None,
-        seed: int, *, share_memory: bool, replication: int, debug: bool,
-    ) -> None:  # fmt: skip
+    def _require_same(self, comm: Communicator, plan: Plan, rule: SparseOptimizer, seed: int) -> None:
         if comm.size > 1:
             settings: dict[str, Any] = {f"table {table.name!r}": _described(table) for table in self.tables}
             settings |= {"plan": plan.placements, "optimizer": rule, "gradients": self._gradients}
-            settings |= {"mode": self._mode, "dtype": dtype, "wire_dtype": wire, "seed": seed}
-            settings |= {"share_memory": share_memory, "replication": replication, "debug": debug}
+            settings |= {"mode": self._mode, "dtype": self._dtype, "wire_dtype": self._wire_dtype, "seed": seed}
+            settings |= {"share_memory": self._share_memory, "replication": self._replication, "debug": self._debug}
             agree.require_same(comm, agree.describe_settings(settings))
 
     def _close_at_exit(self) -> None:

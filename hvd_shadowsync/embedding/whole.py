@@ -130,6 +130,7 @@ def load_global_state_dict(module: Sharded, blocks: Iterable[Block] | Mapping[st
         failure = str(error) if isinstance(error, CheckpointError) else f"blocks ended in {error!r}"
     group.shards.was_set = True
     agree(module, group, "load_global_state_dict(): loaded", failure)
+    leave(module, group)
 
 
 # --- meeting ----------------------------------------------------------------------------------------------------------
@@ -153,6 +154,12 @@ def enter(module: Sharded, call: str) -> Group:
         module.join()
         group, serving = module.together(begin)
     return group
+
+
+def leave(module: Sharded, group: Group) -> None:
+    """End a call that was begun with `enter`: on all ranks alike, in an error where one was lost meanwhile."""
+    with cut_short(group.comm):
+        module.settle(group)
 
 
 def agree(module: Sharded, group: Group, call: str, failure: str | None, value: Any = None) -> list[Any]:
@@ -208,6 +215,7 @@ def _stream(module: Sharded, block_rows: int, state: bool, root: int | None) -> 
                     values = gathering.steps() if slot == STEPS else gathering.rows(slot, first, last)
                 if values is not None:
                     yield Block(table.name, slot, first, values)
+    leave(module, group)
 
 
 class _Gathering:

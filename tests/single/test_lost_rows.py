@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -409,6 +410,7 @@ def test_rows_that_were_loaded_are_copied_at_the_next_lookup() -> None:
 @pytest.mark.leaves_threads
 def test_what_has_no_copy_left_comes_from_the_checkpoint(saved: Path) -> None:
     """Rank 2 has the copies of rank 1, and both are lost at once."""
+    together = threading.Barrier(4)
 
     def program(comm: Communicator, source: Path | None) -> Any:
         assert isinstance(comm, local.LocalCommunicator)
@@ -417,8 +419,11 @@ def test_what_has_no_copy_left_comes_from_the_checkpoint(saved: Path) -> None:
         )
         files.load(saved, module)
         train(module, 2)
+        module.wait()
+        together.wait(TIMEOUT_S)
         if comm.rank in (1, 2):
             comm.die()
+        together.wait(TIMEOUT_S)
         try:
             found = again(lambda: whole(module))
         except EmbeddingError as error:
