@@ -32,6 +32,8 @@ EXPORTED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 EXPORTED_PREFIXES = ("OMP_", "MKL_", "OPENBLAS_", "TORCH_", "PYTORCH_", "CUDA_VISIBLE", "NCCL_", "HOROVOD_", "MPI4PY_")
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a launcher passes on to its job."""
+KEEPALIVE = "oob_tcp_keepalive_time"
+"""Of mpirun's connections to its daemons: after how many seconds without a word they are tried."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -99,6 +101,11 @@ class Launch:
     threads: int | None = None
     horovodrun: str | None = None
     outlives_ranks: bool = False
+
+    @property
+    def num_hosts(self) -> int:
+        """On how many hosts it runs."""
+        return len(self.hosts) or self.machine.num_nodes
 
 
 def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
@@ -231,11 +238,18 @@ def _open_mpi(launch: Launch, mpi: Mpi, hosts: Sequence[Host], additions: Mappin
 
 
 def _fault_tolerance(launch: Launch) -> list[str]:
-    """Without the collectives that do not stand the loss of a rank, unless the user chose some."""
+    """Without the collectives that do not stand the loss of a rank, unless the user chose some.
+
+    And without looking whether hosts can be reached: all that mpirun does about one that cannot is to end the job.
+    """
     if not launch.outlives_ranks:
         return []
-    chosen = "coll" in launch.mpirun_args or "OMPI_MCA_coll" in launch.machine.environ
-    return ["--with-ft", "ulfm", *([] if chosen else ["--mca", "coll", "^han,cuda"])]
+    environ, found = launch.machine.environ, ["--with-ft", "ulfm"]
+    if "coll" not in launch.mpirun_args and "OMPI_MCA_coll" not in environ:
+        found += ["--mca", "coll", "^han,cuda"]
+    if launch.num_hosts > 1 and KEEPALIVE not in launch.mpirun_args and f"PRTE_MCA_{KEEPALIVE}" not in environ:
+        found += ["--prtemca", KEEPALIVE, "0"]
+    return found
 
 
 def _exports(launch: Launch, additions: Mapping[str, str]) -> list[str]:

@@ -25,6 +25,7 @@ SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
+ABORTS = re.compile(rb"^hvd_shadowsync: rank \d+ ends the job: ", re.MULTILINE)
 
 FINALIZE_S = 5
 """How long MPI_Finalize may take where ranks were lost: then this one ends by SIGALRM, which harms no other."""
@@ -78,12 +79,28 @@ def _say(what: bytes) -> None:
 
 @dataclass
 class Endings:
-    """What ranks have said of their beginnings and ends; `never_began` is a rank that had not begun, and its code."""
+    """What ranks have said of their beginnings and ends.
 
+    Attributes:
+        size: how many ranks there are.
+        ended, lost, begun: by rank of the job.
+        never_began: a rank that had not begun, and its code.
+        aborts: whether a rank has ended the job.
+        overdue: whether the launcher had to be ended, when it had nothing left to wait for.
+    """
+
+    size: int = 0
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
+    aborts: bool = False
+    overdue: bool = False
+
+    @property
+    def are_all(self) -> bool:
+        """Whether the launcher has nothing left to wait for: of ranks that are lost it may never hear."""
+        return self.aborts or (bool(self.lost) and self.ended | self.lost >= set(range(self.size)))
 
     def without(self, line: bytes) -> bytes:
         """Take note of what `line` says, if it is of a rank's end; return what else is in it."""
@@ -91,6 +108,7 @@ class Endings:
             self.ended.add(int(number))
             self.lost.update(map(int, lost.split() if lost != b"none" else ()))
         self.begun.update(map(int, BEGUN.findall(line)))
+        self.aborts = self.aborts or ABORTS.search(line) is not None
         for number, code in NEVER_BEGAN.findall(line):
             self.never_began = self.never_began or (int(number), int(code))
         return ENDED.sub(b"", BEGUN.sub(b"", NEVER_BEGAN.sub(b"", line)))

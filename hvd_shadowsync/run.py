@@ -31,6 +31,8 @@ PROBE_TIMEOUT_S = 60
 GRACE_S = 10.0
 LOST_CODE = 3
 BEGINNING_S = 10.0
+OVERDUE_S = 10.0
+TERMINATION_S = 2.0
 SECRET = re.compile("TOKEN(?!I)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|KEY(?!BOARD)", re.IGNORECASE)
 """Names whose values are shown to nobody."""
 CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
@@ -323,11 +325,16 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
         for number in received:
             _signal_group(child.pid, number)
         if endings is not None:
-            _pass_on(child, endings)
+            copying = threading.Thread(target=_pass_on, args=(child, endings), name="shadowrun-stderr", daemon=True)
+            copying.start()
         code = _wait(child)
+        if endings is not None:
+            copying.join(GRACE_S)  # what is left there; another process may keep the pipe open
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
+    if endings is not None and endings.overdue:
+        return int(endings.aborts)
     if code < 0:
         return 128 - code
     return 128 + received[0] if received and code == 0 else code
@@ -337,7 +344,8 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     """Copy the child's stderr, line by line, until it ends.
 
     Where a rank has ended before it had begun, and none is heard to begin for a while, the others wait for it in
-    MPI_Init: the job is ended then.
+    MPI_Init: the job is ended then. Where all ranks that can be reached have ended mpirun may wait for a host that
+    cannot, for a quarter of an hour or for ever: it is ended as well.
     """
     assert child.stderr is not None, "it is a pipe"
 
@@ -345,15 +353,54 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
         if not endings.begun:
             _signal_group(child.pid, signal.SIGTERM)
 
-    timer: threading.Timer | None = None
+    def end_overdue() -> None:
+        if child.poll() is None:
+            endings.overdue = True
+            print("shadowrun: mpirun waits for a host that it cannot reach, and is ended", file=sys.stderr, flush=True)
+            _end_session(child)
+
+    timers: dict[str, threading.Timer] = {}
     for line in child.stderr:
         sys.stderr.buffer.write(endings.without(line))
         sys.stderr.buffer.flush()
-        if endings.never_began is not None and timer is None:
-            timer = threading.Timer(BEGINNING_S, end_unless_begun)
-            timer.start()
-    if timer is not None:
-        timer.cancel()
+        if endings.never_began is not None and "begun" not in timers:
+            timers["begun"] = threading.Timer(BEGINNING_S, end_unless_begun)
+            timers["begun"].start()
+        if endings.are_all and "overdue" not in timers:
+            timers["overdue"] = threading.Timer(OVERDUE_S, end_overdue)
+            timers["overdue"].start()
+    child.wait()
+    for each in timers.values():
+        each.cancel()
+
+
+def _end_session(child: subprocess.Popen[bytes]) -> None:
+    """End mpirun, which may remove its files at the second signal, and what it has started (ssh) and leaves behind."""
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        _signal_group(child.pid, number)
+        try:
+            child.wait(TERMINATION_S)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    for pid in _session(child.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _session(leader: int) -> list[int]:
+    """Return the processes of a session, where the system tells."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[3] == str(leader):
+            found.append(int(file.parent.name))
+    return found
 
 
 def _judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
@@ -398,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `shadowrun`: the job's exit code, 0 after --dry-run, 2 where the job cannot be started.
 
     This process becomes Open MPI's mpirun, so that its exit code and the signals that it gets are mpirun's own; the
-    other launchers, and jobs that outlive their ranks, are supervised instead (see `supervise`).
+    other launchers, and jobs of several hosts or that outlive their ranks, are supervised instead (see `supervise`).
     """
     try:
         options = parser().parse_args(arguments)
@@ -420,10 +467,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
     if launch.outlives_ranks:
-        endings = Endings()
+        endings = Endings(launch.size)
         return _judge(supervise(command, environ, endings), launch.size, endings, strict=options.strict)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
+    if launch.num_hosts > 1:
+        return supervise(command, environ, Endings(launch.size))
     os.execvpe(command[0], command, environ)
 
 
