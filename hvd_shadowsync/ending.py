@@ -25,7 +25,10 @@ SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
-ABORTS = re.compile(rb"^hvd_shadowsync: rank \d+ ends the job: ", re.MULTILINE)
+ABORTS = re.compile(
+    rb"^(?:hvd_shadowsync: rank \d+ ends the job: |prterun has exited due to process rank)", re.MULTILINE
+)
+"""A rank has ended the job, with our words or with Open MPI's."""
 
 FINALIZE_S = 5
 """How long MPI_Finalize may take where ranks were lost: then this one ends by SIGALRM, which harms no other."""
@@ -85,7 +88,7 @@ class Endings:
         size: how many ranks there are.
         ended, lost, begun: by rank of the job.
         never_began: a rank that had not begun, and its code.
-        aborts: whether a rank has ended the job.
+        aborts: whether one has ended the job.
         overdue: whether the launcher had to be ended, when it had nothing left to wait for.
     """
 
