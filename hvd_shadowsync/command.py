@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from hvd_shadowsync import ending, rank
+from hvd_shadowsync import agent, ending, rank
 from hvd_shadowsync.comm.tuning import MPI_DEFAULTS, missing_defaults
 
 Kind = Literal["openmpi", "mpich", "intelmpi"]
@@ -34,6 +34,7 @@ FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a launcher passes on to its job."""
 KEEPALIVE = "oob_tcp_keepalive_time"
 """Of mpirun's connections to its daemons: after how many seconds without a word they are tried."""
+AGENT = "plm_ssh_agent"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -117,6 +118,7 @@ def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
     if launch.outlives_ranks:
         _require_fault_tolerance(launch, mpi)
         launch = replace(launch, program=(sys.executable, str(Path(rank.__file__)), *launch.program))
+        launch = replace(launch, mpirun_args=_with_agent(launch))
     hosts = with_slots(launch.hosts, launch.size)
     additions = added_environment(launch, mpi, ranks_per_host(launch, hosts))
     if launch.horovodrun is not None:
@@ -250,6 +252,18 @@ def _fault_tolerance(launch: Launch) -> list[str]:
     if launch.num_hosts > 1 and KEEPALIVE not in launch.mpirun_args and f"PRTE_MCA_{KEEPALIVE}" not in environ:
         found += ["--prtemca", KEEPALIVE, "0"]
     return found
+
+
+def _with_agent(launch: Launch) -> tuple[str, ...]:
+    """Return the arguments for mpirun with `agent` before what starts daemons on other hosts: ssh, or the user's."""
+    if launch.num_hosts == 1:
+        return launch.mpirun_args
+    before, arguments = f"{sys.executable} {Path(agent.__file__)} ", list(launch.mpirun_args)
+    if AGENT in arguments[:-1]:
+        arguments[arguments.index(AGENT) + 1] = before + arguments[arguments.index(AGENT) + 1]
+        return tuple(arguments)
+    own = launch.machine.environ.get(f"PRTE_MCA_{AGENT}", "ssh")
+    return ("--prtemca", AGENT, before + own, *arguments)
 
 
 def _exports(launch: Launch, additions: Mapping[str, str]) -> list[str]:

@@ -85,20 +85,22 @@ class Endings:
     """What ranks have said of their beginnings and ends.
 
     Attributes:
-        size: how many ranks there are.
         ended, lost, begun: by rank of the job.
         never_began: a rank that had not begun, and its code.
         aborts: whether one has ended the job.
         overdue: whether the launcher had to be ended, when it had nothing left to wait for.
+        size: how many ranks there are.
+        begun_file: is made once a rank has begun; "": none.
     """
 
-    size: int = 0
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
     aborts: bool = False
     overdue: bool = False
+    size: int = 0
+    begun_file: str = ""
 
     @property
     def are_all(self) -> bool:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from hvd_shadowsync import emulated
+from hvd_shadowsync import agent, emulated
 from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
 from hvd_shadowsync.ending import Endings
 
@@ -363,6 +364,8 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     for line in child.stderr:
         sys.stderr.buffer.write(endings.without(line))
         sys.stderr.buffer.flush()
+        if endings.begun and endings.begun_file:
+            Path(endings.begun_file).touch()
         if endings.never_began is not None and "begun" not in timers:
             timers["begun"] = threading.Timer(BEGINNING_S, end_unless_begun)
             timers["begun"].start()
@@ -467,12 +470,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
     if launch.outlives_ranks:
-        endings = Endings(launch.size)
-        return _judge(supervise(command, environ, endings), launch.size, endings, strict=options.strict)
+        with tempfile.TemporaryDirectory(prefix="shadowrun") as folder:
+            endings = Endings(size=launch.size, begun_file=str(Path(folder, "begun")))
+            code = supervise(command, {**environ, agent.BEGUN: endings.begun_file}, endings)
+        return _judge(code, launch.size, endings, strict=options.strict)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     if launch.num_hosts > 1:
-        return supervise(command, environ, Endings(launch.size))
+        return supervise(command, environ, Endings(size=launch.size))
     os.execvpe(command[0], command, environ)
 
 

@@ -403,9 +403,7 @@ class Attendance:
         if not all(self._is_stalled(each, stall, now) for each in away.values()):
             return  # some may be back soon
         beside_launcher = {each.number for each in everyone if each.beside_launcher}
-        if not away:
-            self._end_everywhere(f"{why}; it could not be ended (on_stall='drop')")
-        elif goes_on(side, whole, beside_launcher):
+        if goes_on(side, whole, beside_launcher):
             for rank in present:  # those that are away hear it once they can be reached again
                 self._send(rank, kind="cut off", ranks=list(away), why=why)
             self._leave_behind(list(away), why)

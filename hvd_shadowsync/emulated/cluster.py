@@ -16,11 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hvd_shadowsync import run as shadowrun
-from hvd_shadowsync.command import Host, LaunchError, build_command
+from hvd_shadowsync.command import THREAD_VARIABLES, LaunchError
 from hvd_shadowsync.emulated import job
 from hvd_shadowsync.emulated.namespaces import (
     NEW_MOUNTS,
@@ -228,7 +228,7 @@ def run(num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, h
         num_hosts: how many of them to use, the first ones.
         command: a program and its arguments.
         environ: its environment variables.
-        how: "mpi": by mpirun, one rank on each host; "fault-tolerant": the same by `shadowrun --fault-tolerant`;
+        how: "mpi": by shadowrun, one rank on each host; "fault-tolerant": the same by `shadowrun --fault-tolerant`;
             "each": once on each host (see `job.run`); "first": once, on the first host.
 
     Raises:
@@ -238,10 +238,8 @@ def run(num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, h
     cluster = _found()
     if not 1 <= num_hosts <= cluster.network.hosts:
         raise LaunchError(f"run {num_hosts}: give 1 to {cluster.network.hosts}, the number of hosts that are up")
-    if how == "mpi":
-        command, environ = _ranks(cluster.network, num_hosts, command, environ)
-    elif how == "fault-tolerant":
-        command = _outliving_ranks(cluster.network, num_hosts, command)
+    if how in ("mpi", "fault-tolerant"):
+        command = _ranks(cluster.network, num_hosts, command, environ, outlive=how == "fault-tolerant")
     wanted = job.Job(command, environ, num_hosts, each=how == "each")
 
     def first(told: int) -> int:
@@ -263,29 +261,19 @@ def run(num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, h
 
 
 def _ranks(
-    network: Network, num_hosts: int, command: Sequence[str], environ: Mapping[str, str]
-) -> tuple[list[str], dict[str, str]]:
+    network: Network, num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, outlive: bool
+) -> list[str]:
+    """Return what starts a rank of `command` on each host, from the first one."""
     mpi = shadowrun.detect_mpi(environ)
     if mpi.kind != "openmpi":
         raise LaunchError(f"run needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
-    options = shadowrun.parser().parse_args(["-np", str(num_hosts), *command])
-    machine = shadowrun.this_machine(environ)
-    machine = replace(machine, root=True, cores=max(1, machine.cores // num_hosts), num_nodes=1)
-    launch = replace(
-        shadowrun.launch_from(options, machine),
-        hosts=tuple(Host(host.name, 1) for host in network.as_hosts()[:num_hosts]),
-        mpirun_args=shadowrun.MPI_ON_EMULATED,
-    )
-    started, additions = build_command(launch, mpi)
-    return started, {**environ, **additions}
-
-
-def _outliving_ranks(network: Network, num_hosts: int, command: Sequence[str]) -> list[str]:
     hosts = ",".join(f"{host.name}:1" for host in network.as_hosts()[:num_hosts])
-    arguments = shlex.join(shadowrun.MPI_ON_EMULATED)
-    start = [sys.executable, "-m", "hvd_shadowsync.run", "--fault-tolerant", "-np", str(num_hosts), "--hosts", hosts]
-    threads = max(1, shadowrun.this_machine().cores // num_hosts)
-    return [*start, f"--mpirun-args={arguments}", f"--threads={threads}", "--", *command]
+    threads = max(1, shadowrun.this_machine(environ).cores // num_hosts)
+    start = [sys.executable, "-m", "hvd_shadowsync.run", *(["--fault-tolerant"] if outlive else [])]
+    start += ["-np", str(num_hosts), "--hosts", hosts, f"--mpirun-args={shlex.join(shadowrun.MPI_ON_EMULATED)}"]
+    if not any(name in environ for name in THREAD_VARIABLES):
+        start += ["--threads", str(threads)]
+    return [*start, "--", *command]
 
 
 def down() -> bool:
