@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from hvd_shadowsync import agent, emulated
 from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
+from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
 from hvd_shadowsync.ending import Endings
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
@@ -322,7 +323,9 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
     previous = {each: signal.signal(each, forward) for each in FORWARDED_SIGNALS}
     try:
         stderr = None if endings is None else subprocess.PIPE
-        child = subprocess.Popen(command, env=environ, start_new_session=True, stderr=stderr)
+        child = subprocess.Popen(
+            command, env=environ, start_new_session=True, stderr=stderr, preexec_fn=_terminate_with_parent
+        )
         for number in received:
             _signal_group(child.pid, number)
         if endings is not None:
@@ -339,6 +342,12 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
     if code < 0:
         return 128 - code
     return 128 + received[0] if received and code == 0 else code
+
+
+def _terminate_with_parent() -> None:
+    """Have this process get SIGTERM when its parent ends, where the system can."""
+    if sys.platform.startswith("linux"):
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:

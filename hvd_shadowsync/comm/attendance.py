@@ -460,8 +460,11 @@ class Attendance:
 
     def _end(self, why: str, kind: type[StallError] = StallError) -> None:
         if self._error is None:
-            said = "this rank leaves the job" if kind is CutOffError else "the job ends"
-            error = kind(f"{said}: {why}")
+            leaves, ends = (
+                f"this rank leaves the job: {why}",
+                f"the job ends: {why}; start it again from its last checkpoint",
+            )
+            error = kind(leaves if kind is CutOffError else ends)
             logger.error("%s", error)
             self._error = error, self._clock() + LAST_WORDS_S
             self._fail(error)

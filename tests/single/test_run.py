@@ -501,6 +501,23 @@ def test_a_launcher_that_has_nothing_left_to_wait_for_is_ended(
                 time.sleep(0.02)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's end")
+def test_a_launcher_ends_with_shadowrun(executable: Executable, tmp_path: Path) -> None:
+    launcher = executable(
+        "bin/launcher", f"trap 'touch {tmp_path}/told; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+    )
+    program = f"from hvd_shadowsync import run; run.supervise([{str(launcher)!r}], {{}})"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "told").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_launcher_that_ends_in_time_keeps_its_code(executable: Executable) -> None:
     endings = Endings(size=2)
     assert run.supervise([str(executable("bin/launcher", f"{LEAVES} exit 7"))], dict(os.environ), endings) == 7
