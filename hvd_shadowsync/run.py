@@ -21,7 +21,7 @@ from typing import NoReturn
 from hvd_shadowsync import agent, emulated
 from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
 from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
-from hvd_shadowsync.ending import Endings
+from hvd_shadowsync.ending import MARKS, Endings
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
     "openmpi": r"\((?:Open MPI|OpenRTE)\) (\d+(?:\.\d+)*)",
@@ -339,6 +339,8 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
             signal.signal(each, handler)
     if endings is not None and endings.overdue:
         return int(endings.aborts)
+    if endings is not None and endings.host_away and code == 0:
+        return 1
     if code < 0:
         return 128 - code
     return 128 + received[0] if received and code == 0 else code
@@ -351,7 +353,7 @@ def _terminate_with_parent() -> None:
 
 
 def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
-    """Copy the child's stderr, line by line, until it ends.
+    """Copy the child's stderr until it ends.
 
     Where a rank has ended before it had begun, and none is heard to begin for a while, the others wait for it in
     MPI_Init: the job is ended then. Where all ranks that can be reached have ended mpirun may wait for a host that
@@ -370,8 +372,8 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
             _end_session(child)
 
     timers: dict[str, threading.Timer] = {}
-    for line in child.stderr:
-        sys.stderr.buffer.write(endings.without(line))
+    for text in _pieces(child.stderr.fileno()):
+        sys.stderr.buffer.write(endings.without(text))
         sys.stderr.buffer.flush()
         if endings.begun and endings.begun_file:
             Path(endings.begun_file).touch()
@@ -384,6 +386,28 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     child.wait()
     for each in timers.values():
         each.cancel()
+
+
+def _pieces(descriptor: int) -> Iterator[bytes]:
+    """Read until the end, such that a line that `Endings` looks for is in one piece, and all else is there at once."""
+    held = b""
+    while data := os.read(descriptor, 1 << 16):
+        held += data
+        end = held.rfind(b"\n") + 1
+        end += _settled(held[end:])
+        if end:
+            yield held[:end]
+            held = held[end:]
+    if held:
+        yield held
+
+
+def _settled(text: bytes) -> int:
+    """Return how much of the beginning of a line can be no part of one that `Endings` looks for."""
+    places = [text.find(mark) for mark in MARKS if mark in text]
+    for mark in MARKS:
+        places += [len(text) - num for num in range(1, len(mark)) if text.endswith(mark[:num])]
+    return min(places, default=len(text))
 
 
 def _end_session(child: subprocess.Popen[bytes]) -> None:

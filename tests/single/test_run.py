@@ -518,6 +518,49 @@ def test_a_launcher_ends_with_shadowrun(executable: Executable, tmp_path: Path) 
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("parts", "pieces"),
+    [
+        ([b"a\nb", b"c\n"], [b"a\nb", b"c\n"]),
+        ([b" 50%\r 51%", b"\r 52%"], [b" 50%\r 51%", b"\r 52%"]),
+        ([b"x hvd_sha", b"dowsync: rank 1 end", b"ed\ny"], [b"x ", b"hvd_shadowsync: rank 1 ended\ny"]),
+        ([b"hvd_shadowsync: hm"], [b"hvd_shadowsync: hm"]),
+        ([b"prterun", b" has exited\n"], [b"prterun has exited\n"]),
+        ([b"prterun", b"s"], [b"prteruns"]),
+        ([b"the end of a graph"], [b"the end of a grap", b"h"]),
+    ],
+)
+def test_what_is_written_is_passed_on_at_once_but_for_what_may_be_a_rank_s_end(
+    parts: list[bytes], pieces: list[bytes]
+) -> None:
+    reading, writing = os.pipe()
+    found: list[bytes] = []
+    got = threading.Event()
+
+    def read() -> None:
+        for piece in run._pieces(reading):
+            found.append(piece)
+            got.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for part in parts:
+        os.write(writing, part)
+        got.wait(0.1)
+        got.clear()
+    os.close(writing)
+    reader.join(20)
+    os.close(reading)
+    assert found == pieces
+
+
+def test_a_launcher_that_has_lost_a_host_has_failed_whatever_its_code(executable: Executable) -> None:
+    says = "echo 'PRTE has lost communication with a remote daemon.' >&2; exit"
+    for own, code in ((0, 1), (7, 7)):
+        launcher = executable(f"bin/launcher{own}", f"{says} {own}")
+        assert run.supervise([str(launcher)], dict(os.environ), Endings(size=2)) == code
+
+
 def test_a_launcher_that_ends_in_time_keeps_its_code(executable: Executable) -> None:
     endings = Endings(size=2)
     assert run.supervise([str(executable("bin/launcher", f"{LEAVES} exit 7"))], dict(os.environ), endings) == 7
