@@ -15,6 +15,7 @@ from hvd_shadowsync.distributed import DistributedOptimizer  # noqa: E402
 from hvd_shadowsync.embedding import EmbeddingTable, ShardedEmbeddingBag  # noqa: E402
 from hvd_shadowsync.errors import (  # noqa: E402
     CheckpointError,
+    CutOffError,
     EmbeddingError,
     RankLostError,
     ReplicaMismatchError,
@@ -31,6 +32,7 @@ __all__ = [
     "BMUF",
     "CheckpointError",
     "Checkpointer",
+    "CutOffError",
     "DistributedOptimizer",
     "ElasticAveraging",
     "EmbeddingError",

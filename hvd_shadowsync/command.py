@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from hvd_shadowsync import ending, rank
+from hvd_shadowsync import agent, ending, rank
 from hvd_shadowsync.comm.tuning import MPI_DEFAULTS, missing_defaults
 
 Kind = Literal["openmpi", "mpich", "intelmpi"]
@@ -32,6 +32,9 @@ EXPORTED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 EXPORTED_PREFIXES = ("OMP_", "MKL_", "OPENBLAS_", "TORCH_", "PYTORCH_", "CUDA_VISIBLE", "NCCL_", "HOROVOD_", "MPI4PY_")
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a launcher passes on to its job."""
+KEEPALIVE = "oob_tcp_keepalive_time"
+"""Of mpirun's connections to its daemons: after how many seconds without a word they are tried."""
+AGENT = "plm_ssh_agent"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -100,6 +103,11 @@ class Launch:
     horovodrun: str | None = None
     outlives_ranks: bool = False
 
+    @property
+    def num_hosts(self) -> int:
+        """On how many hosts it runs."""
+        return len(self.hosts) or self.machine.num_nodes
+
 
 def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
     """Return the argument list that starts the job, and the environment variables to add for it (pure).
@@ -110,6 +118,7 @@ def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
     if launch.outlives_ranks:
         _require_fault_tolerance(launch, mpi)
         launch = replace(launch, program=(sys.executable, str(Path(rank.__file__)), *launch.program))
+        launch = replace(launch, mpirun_args=_with_agent(launch))
     hosts = with_slots(launch.hosts, launch.size)
     additions = added_environment(launch, mpi, ranks_per_host(launch, hosts))
     if launch.horovodrun is not None:
@@ -231,11 +240,30 @@ def _open_mpi(launch: Launch, mpi: Mpi, hosts: Sequence[Host], additions: Mappin
 
 
 def _fault_tolerance(launch: Launch) -> list[str]:
-    """Without the collectives that do not stand the loss of a rank, unless the user chose some."""
+    """Without the collectives that do not stand the loss of a rank, unless the user chose some.
+
+    And without looking whether hosts can be reached: all that mpirun does about one that cannot is to end the job.
+    """
     if not launch.outlives_ranks:
         return []
-    chosen = "coll" in launch.mpirun_args or "OMPI_MCA_coll" in launch.machine.environ
-    return ["--with-ft", "ulfm", *([] if chosen else ["--mca", "coll", "^han,cuda"])]
+    environ, found = launch.machine.environ, ["--with-ft", "ulfm"]
+    if "coll" not in launch.mpirun_args and "OMPI_MCA_coll" not in environ:
+        found += ["--mca", "coll", "^han,cuda"]
+    if launch.num_hosts > 1 and KEEPALIVE not in launch.mpirun_args and f"PRTE_MCA_{KEEPALIVE}" not in environ:
+        found += ["--prtemca", KEEPALIVE, "0"]
+    return found
+
+
+def _with_agent(launch: Launch) -> tuple[str, ...]:
+    """Return the arguments for mpirun with `agent` before what starts daemons on other hosts: ssh, or the user's."""
+    if launch.num_hosts == 1:
+        return launch.mpirun_args
+    before, arguments = f"{sys.executable} {Path(agent.__file__)} ", list(launch.mpirun_args)
+    if AGENT in arguments[:-1]:
+        arguments[arguments.index(AGENT) + 1] = before + arguments[arguments.index(AGENT) + 1]
+        return tuple(arguments)
+    own = launch.machine.environ.get(f"PRTE_MCA_{AGENT}", "ssh")
+    return ("--prtemca", AGENT, before + own, *arguments)
 
 
 def _exports(launch: Launch, additions: Mapping[str, str]) -> list[str]:

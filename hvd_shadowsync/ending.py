@@ -25,6 +25,14 @@ SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
+ABORTS = re.compile(
+    rb"^(?:hvd_shadowsync: rank \d+ ends the job: |prterun has exited due to process rank)", re.MULTILINE
+)
+"""A rank has ended the job, with our words or with Open MPI's."""
+HOST_AWAY = b"PRTE has lost communication with a remote daemon"
+"""Open MPI ends the job for it, and exits with 0."""
+MARKS = (b"hvd_shadowsync: rank ", b"prterun has exited", HOST_AWAY)
+"""How what is looked for begins."""
 
 FINALIZE_S = 5
 """How long MPI_Finalize may take where ranks were lost: then this one ends by SIGALRM, which harms no other."""
@@ -78,19 +86,41 @@ def _say(what: bytes) -> None:
 
 @dataclass
 class Endings:
-    """What ranks have said of their beginnings and ends; `never_began` is a rank that had not begun, and its code."""
+    """What ranks have said of their beginnings and ends.
+
+    Attributes:
+        ended, lost, begun: by rank of the job.
+        never_began: a rank that had not begun, and its code.
+        aborts: whether one has ended the job.
+        host_away: whether the launcher has ended the job as it cannot reach a host.
+        overdue: whether the launcher had to be ended, when it had nothing left to wait for.
+        size: how many ranks there are.
+        begun_file: is made once a rank has begun; "": none.
+    """
 
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
+    aborts: bool = False
+    host_away: bool = False
+    overdue: bool = False
+    size: int = 0
+    begun_file: str = ""
 
-    def without(self, line: bytes) -> bytes:
-        """Take note of what `line` says, if it is of a rank's end; return what else is in it."""
-        for number, lost in ENDED.findall(line):
+    @property
+    def are_all(self) -> bool:
+        """Whether the launcher has nothing left to wait for: of ranks that are lost it may never hear."""
+        return self.aborts or (bool(self.lost) and self.ended | self.lost >= set(range(self.size)))
+
+    def without(self, text: bytes) -> bytes:
+        """Take note of what `text` says, where it is of a rank's end; return what else is in it."""
+        for number, lost in ENDED.findall(text):
             self.ended.add(int(number))
             self.lost.update(map(int, lost.split() if lost != b"none" else ()))
-        self.begun.update(map(int, BEGUN.findall(line)))
-        for number, code in NEVER_BEGAN.findall(line):
+        self.begun.update(map(int, BEGUN.findall(text)))
+        self.host_away = self.host_away or HOST_AWAY in text
+        self.aborts = self.aborts or ABORTS.search(text) is not None
+        for number, code in NEVER_BEGAN.findall(text):
             self.never_began = self.never_began or (int(number), int(code))
-        return ENDED.sub(b"", BEGUN.sub(b"", NEVER_BEGAN.sub(b"", line)))
+        return ENDED.sub(b"", BEGUN.sub(b"", NEVER_BEGAN.sub(b"", text)))

@@ -29,6 +29,10 @@ class StallError(ShadowSyncError):
     """Whether the training thread has got it."""
 
 
+class CutOffError(StallError):
+    """This rank cannot reach most of the others, which go on without it: it ends, and harms nobody by that."""
+
+
 class CheckpointError(ShadowSyncError, ValueError):
     """A checkpoint cannot be read, or does not fit the model that it is loaded into."""
 

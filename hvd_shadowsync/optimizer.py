@@ -30,7 +30,7 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.comm.whereabouts import START, WARMUP
 from hvd_shadowsync.embedding.sharded import join_all
-from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError, StallError
+from hvd_shadowsync.errors import CutOffError, ReplicaMismatchError, ShadowSyncError, StallError
 from hvd_shadowsync.health import forget_bad_state
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
@@ -109,7 +109,9 @@ class ShadowSync:
         on_stall: what is done then. "end" (default): `StallError` on every rank that is there, and the job ends,
             with `end_job_on_exception=False` as well.
             "drop": the missing ranks are ended (SIGKILL, by another rank of their host), and the others go on; for
-            jobs that outlive their ranks.
+            jobs that outlive their ranks. Where their host cannot be reached, the side with more than half of the
+            ranks goes on (of two halves, the one with the lowest rank), if mpirun's host is on it; the ranks of the
+            other end themselves. Else the job ends.
         sparse_as_dense: leave gradients dense that were sparse before the warm-up averaged them; default False.
         initial_weights: "broadcast" (default) from rank 0, or "check" that they are equal.
         communicator: over which ranks; default all of MPI's. It is duplicated, and stays the caller's.
@@ -734,7 +736,11 @@ class ShadowSync:
 
     def _end_job_of_ranks(self) -> None:
         """End all ranks: after an error here they would wait for this one for ever, or for who is stopped."""
-        if (self._end_job or self._stalled is not None) and self._ranks.comm.spans_processes:
+        if not self._ranks.comm.spans_processes:
+            return
+        if isinstance(self._stalled, CutOffError):
+            mpi.leave_job("it is cut off from most of the others")
+        if self._end_job or self._stalled is not None:
             mpi.end_job("synchronisation failed")
 
 

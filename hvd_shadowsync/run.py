@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from hvd_shadowsync import emulated
+from hvd_shadowsync import agent, emulated
 from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
-from hvd_shadowsync.ending import Endings
+from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
+from hvd_shadowsync.ending import MARKS, Endings
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
     "openmpi": r"\((?:Open MPI|OpenRTE)\) (\d+(?:\.\d+)*)",
@@ -32,6 +34,8 @@ GRACE_S = 10.0
 LOST_CODE = 3
 BEGINNING_S = 60.0
 """How long ranks may take from MPI_Init to the import of this package, where one is gone that may not have begun."""
+OVERDUE_S = 10.0
+TERMINATION_S = 2.0
 SECRET = re.compile("TOKEN(?!I)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH(?!OR)|KEY(?!BOARD)", re.IGNORECASE)
 """Names whose values are shown to nobody."""
 CREDENTIALS = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
@@ -320,25 +324,41 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
     previous = {each: signal.signal(each, forward) for each in FORWARDED_SIGNALS}
     try:
         stderr = None if endings is None else subprocess.PIPE
-        child = subprocess.Popen(command, env=environ, start_new_session=True, stderr=stderr)
+        child = subprocess.Popen(
+            command, env=environ, start_new_session=True, stderr=stderr, preexec_fn=_terminate_with_parent
+        )
         for number in received:
             _signal_group(child.pid, number)
         if endings is not None:
-            _pass_on(child, endings)
+            copying = threading.Thread(target=_pass_on, args=(child, endings), name="shadowrun-stderr", daemon=True)
+            copying.start()
         code = _wait(child)
+        if endings is not None:
+            copying.join(GRACE_S)  # what is left there; another process may keep the pipe open
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
+    if endings is not None and endings.overdue:
+        return int(endings.aborts)
+    if endings is not None and endings.host_away and code == 0:
+        return 1
     if code < 0:
         return 128 - code
     return 128 + received[0] if received and code == 0 else code
 
 
+def _terminate_with_parent() -> None:
+    """Have this process get SIGTERM when its parent ends, where the system can."""
+    if sys.platform.startswith("linux"):
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
-    """Copy the child's stderr, line by line, until it ends.
+    """Copy the child's stderr until it ends.
 
     Where a rank has ended before it had begun, and none is heard to begin for a minute, the others wait for it in
-    MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that.
+    MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that. Where all ranks that can be reached have ended mpirun may wait for a host that
+    cannot, for a quarter of an hour or for ever: it is ended as well.
     """
     assert child.stderr is not None, "it is a pipe"
 
@@ -346,15 +366,78 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
         if not endings.begun:
             _signal_group(child.pid, signal.SIGTERM)
 
-    timer: threading.Timer | None = None
-    for line in child.stderr:
-        sys.stderr.buffer.write(endings.without(line))
+    def end_overdue() -> None:
+        if child.poll() is None:
+            endings.overdue = True
+            print("shadowrun: mpirun waits for a host that it cannot reach, and is ended", file=sys.stderr, flush=True)
+            _end_session(child)
+
+    timers: dict[str, threading.Timer] = {}
+    for text in _pieces(child.stderr.fileno()):
+        sys.stderr.buffer.write(endings.without(text))
         sys.stderr.buffer.flush()
-        if endings.never_began is not None and timer is None:
-            timer = threading.Timer(BEGINNING_S, end_unless_begun)
-            timer.start()
-    if timer is not None:
-        timer.cancel()
+        if endings.begun and endings.begun_file:
+            Path(endings.begun_file).touch()
+        if endings.never_began is not None and "begun" not in timers:
+            timers["begun"] = threading.Timer(BEGINNING_S, end_unless_begun)
+            timers["begun"].start()
+        if endings.are_all and "overdue" not in timers:
+            timers["overdue"] = threading.Timer(OVERDUE_S, end_overdue)
+            timers["overdue"].start()
+    child.wait()
+    for each in timers.values():
+        each.cancel()
+
+
+def _pieces(descriptor: int) -> Iterator[bytes]:
+    """Read until the end, such that a line that `Endings` looks for is in one piece, and all else is there at once."""
+    held = b""
+    while data := os.read(descriptor, 1 << 16):
+        held += data
+        end = held.rfind(b"\n") + 1
+        end += _settled(held[end:])
+        if end:
+            yield held[:end]
+            held = held[end:]
+    if held:
+        yield held
+
+
+def _settled(text: bytes) -> int:
+    """Return how much of the beginning of a line can be no part of one that `Endings` looks for."""
+    places = [text.find(mark) for mark in MARKS if mark in text]
+    for mark in MARKS:
+        places += [len(text) - num for num in range(1, len(mark)) if text.endswith(mark[:num])]
+    return min(places, default=len(text))
+
+
+def _end_session(child: subprocess.Popen[bytes]) -> None:
+    """End mpirun, which may remove its files at the second signal, and what it has started (ssh) and leaves behind."""
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        _signal_group(child.pid, number)
+        try:
+            child.wait(TERMINATION_S)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    for pid in _session(child.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _session(leader: int) -> list[int]:
+    """Return the processes of a session, where the system tells."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[3] == str(leader):
+            found.append(int(file.parent.name))
+    return found
 
 
 def _judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
@@ -399,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `shadowrun`: the job's exit code, 0 after --dry-run, 2 where the job cannot be started.
 
     This process becomes Open MPI's mpirun, so that its exit code and the signals that it gets are mpirun's own; the
-    other launchers, and jobs that outlive their ranks, are supervised instead (see `supervise`).
+    other launchers, and jobs of several hosts or that outlive their ranks, are supervised instead (see `supervise`).
     """
     try:
         options = parser().parse_args(arguments)
@@ -421,10 +504,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
     if launch.outlives_ranks:
-        endings = Endings()
-        return _judge(supervise(command, environ, endings), launch.size, endings, strict=options.strict)
+        with tempfile.TemporaryDirectory(prefix="shadowrun") as folder:
+            endings = Endings(size=launch.size, begun_file=str(Path(folder, "begun")))
+            code = supervise(command, {**environ, agent.BEGUN: endings.begun_file}, endings)
+        return _judge(code, launch.size, endings, strict=options.strict)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
+    if launch.num_hosts > 1:
+        return supervise(command, environ, Endings(size=launch.size))
     os.execvpe(command[0], command, environ)
 
 

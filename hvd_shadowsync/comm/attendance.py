@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import mpi, runtime
 from hvd_shadowsync.comm.base import Communicator, Request
+from hvd_shadowsync.comm.quorum import goes_on
 from hvd_shadowsync.comm.whereabouts import Wait, Whereabouts, Word
-from hvd_shadowsync.errors import RankLostError, StallError
+from hvd_shadowsync.errors import CutOffError, RankLostError, StallError
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Person:
         host, pid: for messages, and to end it.
         machine: the same for ranks that can end one another: of one host that see the same pids.
         born: when the process began, as the system counts it: another process may get its pid.
+        beside_launcher: whether it is on mpirun's host, and mpirun has started it.
     """
 
     number: int
@@ -86,6 +88,7 @@ class Person:
     pid: int
     machine: str
     born: str
+    beside_launcher: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.number} on {self.host} (pid {self.pid})"
@@ -98,7 +101,8 @@ class Person:
             seen = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
         except OSError:
             seen = str(pid)  # nobody can tell that he sees the same
-        return cls(number, platform.node(), pid, f"{platform.node()} {seen}", _born(pid))
+        host = platform.node()
+        return cls(number, host, pid, f"{host} {seen}", _born(pid), runtime.is_beside_launcher())
 
 
 def _born(pid: int) -> str:
@@ -240,6 +244,8 @@ class Attendance:
 
     def _take(self, source: int, said: dict[str, Any]) -> None:
         peer, now = self._peers[source], self._clock()
+        if peer.ended:  # what is left behind has no say any more
+            return
         if "word" in said:
             peer.word, peer.heard_at, peer.owes_since = Word(*said["word"]), now, None
         if said["kind"] == "ask":
@@ -252,6 +258,10 @@ class Attendance:
             self._peers[said["rank"]].ended |= said["done"]
         elif said["kind"] == "end":
             self._end(said["why"])
+        elif said["kind"] == "leave":
+            self._end(said["why"], CutOffError)
+        elif said["kind"] == "cut off":
+            self._leave_behind(said["ranks"], said["why"])
 
     def _send(self, dest: int, /, **said: Any) -> Request | None:
         payload = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
@@ -294,7 +304,7 @@ class Attendance:
         if self._rules.timeout_s is not None and now - stall.wait.since >= self._rules.timeout_s:
             stalled = {rank: each for rank, each in missing.items() if self._is_stalled(each, stall, now)}
             if stalled:
-                self._give_up(stalled, now)
+                self._give_up(stall, stalled, now)
 
     def _is_thinking(self, peer: _Peer, now: float) -> bool:
         return peer.owes_since is not None and not self._is_silent(peer, now)
@@ -348,31 +358,79 @@ class Attendance:
 
     # --- giving ranks up ----------------------------------------------------------------------------------------------
 
-    def _give_up(self, stalled: dict[int, _Peer], now: float) -> None:
+    def _give_up(self, stall: _Stall, stalled: dict[int, _Peer], now: float) -> None:
         held_up = f"held up for {self._rules.timeout_s:g} s (stall_timeout_s) by"
+        whole = f"{held_up} {'; by '.join(self._where(each, now) for each in stalled.values())}"
         if self._rules.on_stall == "end":
-            self._end_everywhere(f"{held_up} {'; by '.join(self._where(each, now) for each in stalled.values())}")
+            self._end_everywhere(whole)
             return
         for rank, peer in stalled.items():
-            self._drop(rank, peer, f"{held_up} {self._where(peer, now)}", now)
+            if not self._drop(rank, peer, f"{held_up} {self._where(peer, now)}", now):
+                self._take_sides(stall, whole, now)
+                return
 
-    def _drop(self, rank: int, peer: _Peer, why: str, now: float) -> None:
-        """Have a rank ended by one that can: itself, if it answers, or another one of its host."""
+    def _drop(self, rank: int, peer: _Peer, why: str, now: float) -> bool:
+        """Have a rank ended by one that can: itself, if it answers, or another of its host; False: there is none."""
         if peer.ending_since is not None and now - peer.ending_since < 2 * self._rules.grace_s:
-            return
+            return True
         there = {each: other for each, other in self._present().items() if not self._is_silent(other, now)}
         able = [self._comm.rank] if self._own.machine == peer.person.machine else []
         able += [each for each, other in there.items() if other.person.machine == peer.person.machine]
         able = [each for each in ([rank] if rank in there else []) + able if each not in peer.enders]
         if not able:
-            self._end_everywhere(f"{why}; no rank of its host is left that could end it (on_stall='drop')")
-            return
+            return False
         peer.ending_since = now
         peer.enders.add(able[0])
         if able[0] == self._comm.rank:
             peer.ended = self._end_process(rank, why)
         else:
             self._send(able[0], kind="drop", rank=rank, why=why)
+        return True
+
+    def _take_sides(self, stall: _Stall, why: str, now: float) -> None:
+        """Where ranks can neither be reached nor ended: go on without them, leave them to go on, or end the job.
+
+        The lowest rank of this side decides, for all of it; the next one where that does not.
+        """
+        present = self._present()
+        away = {rank: each for rank, each in present.items() if self._is_silent(each, now)}
+        here = [self._own] + [each.person for rank, each in present.items() if rank not in away]
+        everyone = here + [each.person for each in away.values()]
+        side, whole = {each.number for each in here}, {each.number for each in everyone}
+        turn = 1 + sum(number < self._own.number for number in side)
+        if now - stall.wait.since < turn * (self._rules.timeout_s or 0):
+            return
+        if not all(self._is_stalled(each, stall, now) for each in away.values()):
+            return  # some may be back soon
+        beside_launcher = {each.number for each in everyone if each.beside_launcher}
+        if goes_on(side, whole, beside_launcher):
+            for rank in present:  # those that are away hear it once they can be reached again
+                self._send(rank, kind="cut off", ranks=list(away), why=why)
+            self._leave_behind(list(away), why)
+        elif goes_on(whole - side, whole, beside_launcher):
+            why = f"{why}; {len(side)} of {len(whole)} ranks are on this side, and those of the other go on"
+            for rank in present.keys() - away.keys():
+                self._send(rank, kind="leave", why=why)
+            self._end(why, CutOffError)
+        else:
+            reason = "mpirun's host is away" if goes_on(side, whole) else "most ranks are away"
+            self._end_everywhere(
+                f"{why}; no rank of its host is left that could end it, and {reason} (on_stall='drop')"
+            )
+
+    def _leave_behind(self, ranks: Sequence[int], why: str) -> None:
+        """Go on without ranks that cannot be reached; leave, if this is one of them."""
+        if self._comm.rank in ranks:
+            self._end(f"{why}; the others have gone on", CutOffError)
+            return
+        for rank in ranks:
+            if (peer := self._peers[rank]).ended:
+                continue
+            logger.warning("rank %d is cut off: %s", peer.person.number, why)
+            peer.ended = True
+            if not self._comm.declare_lost(rank):
+                self._end_everywhere(f"{why}; this MPI cannot go on without ranks that it does not know to be lost")
+                return
 
     def _obey(self, source: int, rank: int, why: str) -> None:
         """End `rank`, as another one has decided."""
@@ -400,9 +458,13 @@ class Attendance:
             self._send(rank, kind="end", why=why)
         self._end(why)
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, kind: type[StallError] = StallError) -> None:
         if self._error is None:
-            error = StallError(f"the job ends: {why}")
+            leaves, ends = (
+                f"this rank leaves the job: {why}",
+                f"the job ends: {why}; start it again from its last checkpoint",
+            )
+            error = kind(leaves if kind is CutOffError else ends)
             logger.error("%s", error)
             self._error = error, self._clock() + LAST_WORDS_S
             self._fail(error)
@@ -412,4 +474,4 @@ class Attendance:
         assert self._error is not None, "there is an error"
         error, deadline = self._error
         if not error.raised and now >= deadline and self._comm.spans_processes:
-            mpi.end_job(str(error))
+            (mpi.leave_job if isinstance(error, CutOffError) else mpi.end_job)(str(error))

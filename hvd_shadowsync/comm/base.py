@@ -145,6 +145,13 @@ class Communicator(ABC):
         """
         os.kill(pid, signal.SIGKILL)
 
+    def declare_lost(self, rank: int) -> bool:
+        """Take `rank`, which cannot be reached, for lost on this rank, whose calls fail as if it was; any thread may.
+
+        Each rank has to, for itself. Return False where that cannot be.
+        """
+        return False
+
     @abstractmethod
     def dup(self, *, linked: bool = True) -> Communicator:
         """Return a communicator of the same ranks whose traffic is apart from this one's (collective, blocking).

@@ -386,6 +386,11 @@ class LocalCommunicator(Communicator):
         """See `Communicator.kill`; all ranks are of one process, which goes on."""
         self._shared.fate.dead.add(self.members[rank])
 
+    def declare_lost(self, rank: int) -> bool:
+        """See `Communicator.declare_lost`; one process, so all ranks take it for lost."""
+        self._shared.fate.dead.add(self.members[rank])
+        return True
+
     def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""
         self._count()

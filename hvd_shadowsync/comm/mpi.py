@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm import memory, waiting
+from hvd_shadowsync.comm import memory, runtime, waiting
 from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.ending import note_lost, note_started
-from hvd_shadowsync.errors import RankLostError, ShadowSyncError, TransportError
+from hvd_shadowsync.errors import CutOffError, RankLostError, ShadowSyncError, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,8 @@ class _EndsJob:
         self._previous(kind, error, trace)
         if not self.active:
             return
+        if issubclass(kind, CutOffError):
+            leave_job(f"uncaught {kind.__name__}")
         if self.spares_others and not issubclass(kind, ShadowSyncError) and outlives_ranks():
             leave_job(f"uncaught {kind.__name__}")
         end_job(f"uncaught {kind.__name__}")
@@ -469,6 +471,10 @@ class MpiCommunicator(Communicator):
         """See `Communicator.overlook_lost`."""
         if self.outlives_ranks:
             self._comm.Ack_failed()
+
+    def declare_lost(self, rank: int) -> bool:
+        """See `Communicator.declare_lost`."""
+        return self.outlives_ranks and runtime.declare_lost(self._mpi, self.members[rank])
 
     def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""

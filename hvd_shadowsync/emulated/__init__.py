@@ -20,7 +20,13 @@ For several commands one after the other, hosts that stay until they are taken a
     python -m hvd_shadowsync.emulated up 4 --rate 1gbit --latency 0.2ms
     python -m hvd_shadowsync.emulated run 4 COMMAND...          # mpirun, one rank on each host
     python -m hvd_shadowsync.emulated run 4 --each COMMAND...   # as above; --first: once, on the first host
+    python -m hvd_shadowsync.emulated run 4 --fault-tolerant COMMAND...     # as shadowrun --fault-tolerant does
+    python -m hvd_shadowsync.emulated cut host2 10              # its link carries nothing for ten seconds
+    python -m hvd_shadowsync.emulated cut host2                 # the same until `mend host2`
     python -m hvd_shadowsync.emulated down
+
+A link that is cut loses what is on it, and neither end notices: as where a switch farther away fails. `--cut
+host2@20+10` does so for one command, from second 20 on for ten, and `rack2@20` for all hosts of a rack, for good.
 
 Latency and loss are the kernel's where it has netem, else a process's of ours for each host (see `delay`), which takes
 CPU time from the job. The hosts have this machine's settings for TCP: over a long way, one connection fills a link only

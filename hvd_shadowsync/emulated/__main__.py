@@ -13,7 +13,7 @@ from hvd_shadowsync.emulated import cluster, job
 from hvd_shadowsync.emulated.network import add_options, network_from
 
 PROGRAM = "python -m hvd_shadowsync.emulated"
-VERBS = ("up", "run", "down")
+VERBS = ("up", "run", "cut", "mend", "down")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +38,12 @@ def _verb(options: argparse.Namespace) -> int:
     if options.verb == "run":
         inner = after_run().parse_args(options.rest)
         return cluster.run(options.hosts, _command(inner), os.environ, how=inner.how)
+    if options.verb == "cut":
+        cluster.cut(options.link, options.seconds)
+        return 0
+    if options.verb == "mend":
+        cluster.mend(options.link)
+        return 0
     print("the hosts are gone" if cluster.down() else "no hosts were up")
     return 0
 
@@ -72,7 +78,14 @@ def verbs() -> argparse.ArgumentParser:
     add_options(up)
     run = added.add_parser("run", help="run a command on the hosts that are up")
     run.add_argument("hosts", type=int)
-    run.add_argument("rest", nargs=argparse.REMAINDER, metavar="[--each | --first] COMMAND ...")
+    run.add_argument("rest", nargs=argparse.REMAINDER, metavar="[--fault-tolerant | --each | --first] COMMAND ...")
+    cut = added.add_parser("cut", help="have a link carry nothing")
+    cut.add_argument(
+        "link", metavar="LINK", help="host2, the one at 10.77.0.2; or rack2, the second rack's to the others"
+    )
+    cut.add_argument("seconds", type=float, nargs="?", help="wait so long, and make it whole again; default: for good")
+    mend = added.add_parser("mend", help="make a link that was cut whole again")
+    mend.add_argument("link", metavar="LINK")
     added.add_parser("down", help="take the hosts away")
     return result
 
@@ -81,7 +94,12 @@ def after_run() -> argparse.ArgumentParser:
     """Return the command line behind `run N`."""
     result = argparse.ArgumentParser(prog=f"{PROGRAM} run N")
     how = result.add_mutually_exclusive_group()
-    for name, said in (("each", "once on each host, as torchrun would"), ("first", "once, on the first host")):
+    ways = {
+        "fault-tolerant": "one rank on each host, by shadowrun --fault-tolerant",
+        "each": "once on each host, as torchrun would",
+        "first": "once, on the first host",
+    }
+    for name, said in ways.items():
         how.add_argument(f"--{name}", dest="how", action="store_const", const=name, help=f"{said}; default: by mpirun")
     result.set_defaults(how="mpi")
     result.add_argument("command", nargs=argparse.REMAINDER)

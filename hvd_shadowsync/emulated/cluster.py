@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shlex
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hvd_shadowsync import run as shadowrun
-from hvd_shadowsync.command import Host, LaunchError, build_command
+from hvd_shadowsync.command import THREAD_VARIABLES, LaunchError
 from hvd_shadowsync.emulated import job
 from hvd_shadowsync.emulated.namespaces import (
     NEW_MOUNTS,
@@ -100,6 +103,10 @@ def up(network: Network) -> Cluster:
         LaunchError: some are up already, or this machine cannot have them.
     """
     job.require_tools()
+    if network.cut:
+        raise LaunchError(
+            f"--cut {network.cut} is for one command; cut links of hosts that stay with `cut LINK SECONDS`"
+        )
     if (found := find()) is not None:
         raise LaunchError(f"hosts are up already ({found.network.hosts}); take them away with `down` first")
     ready, told = os.pipe()
@@ -168,6 +175,52 @@ def _keep(network: Network, told: int) -> int:
     return 2
 
 
+def _found() -> Cluster:
+    if (cluster := find()) is None:
+        raise LaunchError("no hosts are up; make some with `up N`")
+    return cluster
+
+
+def cut(link: str, seconds: float | None = None) -> None:
+    """Cut a link of the hosts that are up; return at once, or after so many seconds, when it is whole again.
+
+    Raises:
+        LaunchError: no hosts are up, or they have no such link.
+    """
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise LaunchError(
+            f"cut {link} {seconds:g}: give more than 0 seconds, or leave them out and `mend {link}` later"
+        )
+    _set_link(link, "cut", whole=False)
+    if seconds is not None:
+        try:
+            time.sleep(seconds)
+        finally:
+            _set_link(link, "mend", whole=True)
+
+
+def mend(link: str) -> None:
+    """Make a link that was cut whole again.
+
+    Raises:
+        LaunchError: no hosts are up, or they have no such link.
+    """
+    _set_link(link, "mend", whole=True)
+
+
+def _set_link(link: str, verb: str, *, whole: bool) -> None:
+    cluster = _found()
+    cluster.network.require_link(link, f"{verb} {link}")
+
+    def body(told: int) -> int:
+        join_hosts(cluster.first, cluster.network.hosts)
+        job.set_link(cluster.network, link, whole=whole)
+        os.close(told)
+        return 0
+
+    job.told_by(body)
+
+
 def run(num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, how: str = "mpi") -> int:
     """Run a command on the hosts that are up; return its exit code.
 
@@ -175,20 +228,18 @@ def run(num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, h
         num_hosts: how many of them to use, the first ones.
         command: a program and its arguments.
         environ: its environment variables.
-        how: "mpi": by mpirun, one rank on each host; "each": once on each host (see `job.run`); "first": once, on the
-            first host.
+        how: "mpi": by shadowrun, one rank on each host; "fault-tolerant": the same by `shadowrun --fault-tolerant`;
+            "each": once on each host (see `job.run`); "first": once, on the first host.
 
     Raises:
         LaunchError: there are not so many, or the command does not start.
     """
     job.require_tools()
-    cluster = find()
-    if cluster is None:
-        raise LaunchError("no hosts are up; make some with `up N`")
+    cluster = _found()
     if not 1 <= num_hosts <= cluster.network.hosts:
         raise LaunchError(f"run {num_hosts}: give 1 to {cluster.network.hosts}, the number of hosts that are up")
-    if how == "mpi":
-        command, environ = _ranks(cluster.network, num_hosts, command, environ)
+    if how in ("mpi", "fault-tolerant"):
+        command = _ranks(cluster.network, num_hosts, command, environ, outlive=how == "fault-tolerant")
     wanted = job.Job(command, environ, num_hosts, each=how == "each")
 
     def first(told: int) -> int:
@@ -210,21 +261,19 @@ def run(num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, h
 
 
 def _ranks(
-    network: Network, num_hosts: int, command: Sequence[str], environ: Mapping[str, str]
-) -> tuple[list[str], dict[str, str]]:
+    network: Network, num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, outlive: bool
+) -> list[str]:
+    """Return what starts a rank of `command` on each host, from the first one."""
     mpi = shadowrun.detect_mpi(environ)
     if mpi.kind != "openmpi":
         raise LaunchError(f"run needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
-    options = shadowrun.parser().parse_args(["-np", str(num_hosts), *command])
-    machine = shadowrun.this_machine(environ)
-    machine = replace(machine, root=True, cores=max(1, machine.cores // num_hosts), num_nodes=1)
-    launch = replace(
-        shadowrun.launch_from(options, machine),
-        hosts=tuple(Host(host.name, 1) for host in network.as_hosts()[:num_hosts]),
-        mpirun_args=shadowrun.MPI_ON_EMULATED,
-    )
-    started, additions = build_command(launch, mpi)
-    return started, {**environ, **additions}
+    hosts = ",".join(f"{host.name}:1" for host in network.as_hosts()[:num_hosts])
+    threads = max(1, shadowrun.this_machine(environ).cores // num_hosts)
+    start = [sys.executable, "-m", "hvd_shadowsync.run", *(["--fault-tolerant"] if outlive else [])]
+    start += ["-np", str(num_hosts), "--hosts", hosts, f"--mpirun-args={shlex.join(shadowrun.MPI_ON_EMULATED)}"]
+    if not any(name in environ for name in THREAD_VARIABLES):
+        start += ["--threads", str(threads)]
+    return [*start, "--", *command]
 
 
 def down() -> bool:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,14 @@ from hvd_shadowsync.emulated.namespaces import (
     end_with_parent,
     exit_code,
     forked,
+    ignore_signals,
     leave_all,
     make_host,
     mount_own,
     places,
     waited_for,
 )
-from hvd_shadowsync.emulated.network import OPTIONS, Network, commands
+from hvd_shadowsync.emulated.network import OPTIONS, Cut, Network, commands, link_commands
 
 VARIABLE = "SHADOW_EMULATED"
 AGENT_DESCRIPTOR = 200
@@ -97,7 +99,10 @@ def run(network: Network, command: Sequence[str], environ: Mapping[str, str], *,
     def first(told: int) -> int:
         end_with_parent()
         mount_own(TEMPORARY_DESCRIPTOR)
-        return run_job(job, network, build(network), told)
+        lines = build(network)
+        for each in network.cuts:
+            _cut_in_time(network, each)
+        return run_job(job, network, lines, told)
 
     def outside(told: int) -> int:
         end_with_parent()
@@ -177,6 +182,31 @@ def build(network: Network) -> dict[int, str]:
             denied = re.search("permitted|denied", said)
             raise OSError(said) if denied else LaunchError(f"emulated hosts cannot be made here ({said})")
     return {} if netem else delay.start(network)
+
+
+def set_link(network: Network, link: str, *, whole: bool) -> None:
+    """Cut a link, or make it whole again; in the network of the first process.
+
+    Raises:
+        LaunchError: it does not work; says what did not.
+    """
+    for line in link_commands(network, link, whole=whole):
+        done = _done(line)
+        if done.returncode:
+            raise LaunchError(f"the link of {link} cannot be changed ({' '.join(line)}: {done.stderr.strip()})")
+
+
+def _cut_in_time(network: Network, cut: Cut) -> None:
+    def body() -> int:
+        ignore_signals()
+        time.sleep(cut.start_s)
+        set_link(network, cut.link, whole=False)
+        if cut.seconds is not None:
+            time.sleep(cut.seconds)
+            set_link(network, cut.link, whole=True)
+        return 0
+
+    forked(body)
 
 
 def _has_netem() -> bool:

@@ -14,12 +14,26 @@ SUBNET = "10.77.0"
 MOST_HOSTS = 64
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 RATE, TIME, SHARE = rf"{NUMBER}([kmg]?bit)", rf"{NUMBER}(us|ms|s)", rf"{NUMBER}(%)"
+LINK = r"(host|rack)([1-9][0-9]*)"
+CUT = rf"({LINK})@{NUMBER}(?:\+{NUMBER})?"
 UNITS = {
     "bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9,
     "us": 1e-6, "ms": 1e-3, "s": 1.0,
     "%": 0.01,
 }  # fmt: skip
 LEAST_RATE, MOST_RATE, MOST_LATENCY_S = 1e3, 1e12, 10.0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A link that carries nothing from `start_s` on, for `seconds`, or for good where that is None.
+
+    `link` is "host2", which is the one at 10.77.0.2, or "rack2", the second rack's switch to the others.
+    """
+
+    link: str
+    start_s: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,8 @@ class Network:
         loss: of packets on each host's link, one way, such as "0.1%". Empty: none.
         racks: switches, over which hosts are spread evenly, the first hosts under the first.
         rack_rate: of each switch's link to the others; empty: as fast as it goes.
+        cut: links that are cut while a command runs, such as "host2@20+10" for host 2 from second 20 on for ten, or
+            "rack2@20" for good; several with commas. Empty: none.
 
     Raises:
         LaunchError: an attribute is not what it should be; names it and the remedy.
@@ -44,6 +60,7 @@ class Network:
     loss: str = ""
     racks: int = 1
     rack_rate: str = ""
+    cut: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.hosts <= MOST_HOSTS:
@@ -64,6 +81,39 @@ class Network:
             raise LaunchError(f"--loss {self.loss}: give less than 100%, with which nothing would arrive")
         if self.rack_rate and self.racks == 1:
             raise LaunchError(f"--rack-rate {self.rack_rate} is between racks; give --racks 2 or more, or leave it out")
+        for each in self.cuts:
+            self.require_link(each.link, f"--cut {self.cut}")
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """What `cut` says.
+
+        Raises:
+            LaunchError: it says nothing of the kind.
+        """
+        found = []
+        for text in self.cut.split(",") if self.cut else ():
+            match = re.fullmatch(CUT, text)
+            if match is None or (match[5] and float(match[5]) == 0):
+                raise LaunchError(
+                    f"--cut {self.cut!r}: {text!r} is no LINK@START or LINK@START+SECONDS; give such as host2@20+10, "
+                    "from second 20 on for ten, or rack2@20, for good"
+                )
+            found.append(Cut(match[1], float(match[4]), float(match[5]) if match[5] else None))
+        return found
+
+    def require_link(self, link: str, said: str) -> None:
+        """Raise unless there is a link of that name that can be cut; `said` is where it was named."""
+        match = re.fullmatch(LINK, link)
+        if match is None:
+            raise LaunchError(
+                f"{said}: {link!r} is no link; give host1 to host{self.hosts}, or rack2 where there are two"
+            )
+        if match[1] == "host" and int(match[2]) > self.hosts:
+            raise LaunchError(f"{said}: there is no {link}; give host1 to host{self.hosts}")
+        if match[1] == "rack" and not 2 <= int(match[2]) <= self.racks:
+            known = "there is one rack" if self.racks == 1 else f"give rack2 to rack{self.racks}, which hang on rack1"
+            raise LaunchError(f"{said}: {link} has no link to another; {known}")
 
     @property
     def latency_ns(self) -> int:
@@ -122,6 +172,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--loss", default=OPTIONS["loss"], help="of packets on each emulated host's link, such as 0.1%%; default none")
     add("--racks", type=int, default=OPTIONS["racks"], help="switches with emulated hosts of their own; default 1")
+    add(
+        "--cut",
+        default=OPTIONS["cut"],
+        metavar="LINK@START[+SECONDS]",
+        help="have a link carry nothing from so many seconds after the start on, for a time or for good: host2@20+10",
+    )
     add("--rack-rate", default=OPTIONS["rack_rate"], help="of the links between racks; default as fast as it goes")
 
 
@@ -145,6 +201,13 @@ def commands(network: Network, pids: Sequence[int], *, netem: bool = True) -> li
         if network.is_disturbed and netem:
             lines += [_disturbed(end, network), [*inside, *_disturbed("eth0", network)]]
     return lines
+
+
+def link_commands(network: Network, link: str, *, whole: bool) -> list[list[str]]:
+    """Return what cuts a link, or makes it whole again: its end at the switch leaves that, and neither end notices."""
+    number = int(link[4:]) - 1
+    end, switch = (link[:4] + str(number), network.rack(number)) if link.startswith("host") else (f"up{number}", 0)
+    return [["ip", "link", "set", end, *(["master", f"rack{switch}"] if whole else ["nomaster"])]]
 
 
 def _racks(network: Network) -> list[list[str]]:

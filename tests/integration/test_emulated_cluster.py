@@ -112,6 +112,44 @@ def test_from_up_to_down(environ: dict[str, str], given: Given) -> None:
     assert devices() == before
 
 
+CALL = """import socket
+def is_there():
+    try:
+        socket.create_connection(("10.77.0.2", 9), timeout=1)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+"""
+SAYS = CALL + "print(is_there())"
+WAITS = CALL + "while is_there(): pass\nprint('away', flush=True)\nwhile not is_there(): pass\nprint('back')"
+
+
+def test_a_link_is_cut_and_made_whole(environ: dict[str, str], given: Given) -> None:
+    def is_there() -> bool:
+        code, said, errors = given("run", "2", "--first", sys.executable, "-c", SAYS)
+        assert (code, errors) == (0, "")
+        return said == ["True"]
+
+    assert is_there()
+    assert given("cut", "host2") == (0, [], "")
+    assert not is_there()
+    assert given("mend", "host2") == (0, [], "")
+    assert is_there()
+    begun = time.monotonic()
+    assert given("cut", "host1", "0.5") == (0, [], "")
+    assert time.monotonic() - begun >= 0.5
+    assert is_there()
+    assert given("cut", "host3")[2] == "emulated: cut host3: there is no host3; give host1 to host2\n"
+
+
+def test_a_link_is_cut_while_a_command_runs(given: Given) -> None:
+    code, said, errors = given("--hosts", "2", "--cut", "host2@1+8", sys.executable, "-c", WAITS)
+    if code == 2:
+        pytest.skip(errors)
+    assert said == ["away", "back"]
+
+
 def test_a_rank_on_each_host(environ: dict[str, str], given: Given, tmp_path: Path) -> None:
     if find_mpi().kind != "openmpi":
         pytest.skip("needs Open MPI")
@@ -177,6 +215,6 @@ def test_the_script_says_what_it_takes() -> None:
         subprocess.run([str(SCRIPT), word], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         for word in ("away", "--help")
     )
-    assert away.stderr == "launch/emulated-cluster: unknown word 'away' (known: up, run, down, --help)\n"
+    assert away.stderr == "launch/emulated-cluster: unknown word 'away' (known: up, run, cut, mend, down, --help)\n"
     assert (away.returncode, told.returncode) == (2, 0)
     assert "run 2 COMMAND" in told.stdout

@@ -13,6 +13,7 @@ from hvd_shadowsync import emulated, run
 from hvd_shadowsync.command import Host, LaunchError
 from hvd_shadowsync.emulated import Network, cluster, job
 from hvd_shadowsync.emulated.__main__ import main
+from hvd_shadowsync.emulated.network import Cut, link_commands
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,13 @@ from hvd_shadowsync.emulated.__main__ import main
         ({"rack_rate": "1gbit"}, "--rack-rate 1gbit is between racks; give --racks 2"),
         ({"racks": 5}, "--racks 5: give 1 to 4, the number of hosts"),
         ({"rack_rate": "1Gb/s"}, "--rack-rate '1Gb/s' is no rack-rate"),
+        ({"cut": "host2"}, "--cut 'host2': 'host2' is no LINK@START or LINK@START.SECONDS; give such as host2@20.10"),
+        ({"cut": "host2@5+0"}, "'host2@5.0' is no LINK@START"),
+        ({"cut": "host0@5"}, "'host0@5' is no LINK@START"),
+        ({"cut": "host2@5, host3@6"}, "' host3@6' is no LINK@START"),
+        ({"cut": "host5@5"}, "--cut host5@5: there is no host5; give host1 to host4"),
+        ({"cut": "rack2@5"}, "--cut rack2@5: rack2 has no link to another; there is one rack"),
+        ({"cut": "rack1@5", "racks": 2}, "--cut rack1@5: rack1 has no link to another; give rack2 to rack2"),
     ],
 )
 def test_what_is_no_network(wrong: dict[str, Any], message: str) -> None:
@@ -52,6 +60,24 @@ def test_a_link_of_each_host_to_the_switch_of_its_rack() -> None:
     assert sum("netem delay 5ms loss 0.1%" in line for line in lines) == 8
     assert "nsenter --target 13 --net ip addr add 10.77.0.3/24 dev eth0" in lines
     assert not any("netem" in " ".join(line) for line in emulated.commands(Network(2), [1, 2]))
+
+
+def test_links_that_are_cut() -> None:
+    network = Network(4, racks=2, cut="host2@20+10,rack2@30.5")
+    assert network.cuts == [Cut("host2", 20.0, 10.0), Cut("rack2", 30.5, None)]
+    assert Network(4).cuts == []
+    assert emulated.wrapped(network, ["true"]).count("--cut=host2@20+10,rack2@30.5") == 1
+
+
+@pytest.mark.parametrize(("link", "end", "switch"), [("host2", "host1", "rack0"), ("host3", "host2", "rack1")])
+def test_the_end_of_a_link_that_is_cut_leaves_its_switch(link: str, end: str, switch: str) -> None:
+    network = Network(4, racks=2)
+    assert link_commands(network, link, whole=False) == [["ip", "link", "set", end, "nomaster"]]
+    assert link_commands(network, link, whole=True) == [["ip", "link", "set", end, "master", switch]]
+
+
+def test_the_link_of_a_rack_is_that_of_its_switch_to_the_first() -> None:
+    assert link_commands(Network(4, racks=2), "rack2", whole=True) == [["ip", "link", "set", "up1", "master", "rack0"]]
 
 
 def test_where_there_is_no_netem_a_link_is_left_open_for_a_delay_line() -> None:
@@ -146,6 +172,11 @@ def test_nobody_else_reads_or_writes_the_file(state: Path) -> None:
     [
         (["run", "2", "true"], "no hosts are up; make some with `up N`"),
         (["run", "2"], "no command given; put it last"),
+        (["cut", "host2"], "no hosts are up; make some with `up N`"),
+        (["cut", "host2", "0"], "cut host2 0: give more than 0 seconds, or leave them out and `mend host2` later"),
+        (["cut", "host2", "nan"], "cut host2 nan: give more than 0 seconds"),
+        (["mend", "host2"], "no hosts are up; make some with `up N`"),
+        (["up", "2", "--cut", "host2@5"], "--cut host2@5 is for one command; cut links of hosts that stay with `cut"),
         (["up", "0"], "--emulated 0: give 1 to 64 hosts"),
         (["up", "2", "--loss", "1"], "--loss '1' is no loss"),
         (["--hosts", "2"], "no command given; put it last"),

@@ -143,3 +143,24 @@ def test_what_is_no_rank_says_nothing() -> None:
 )
 def test_the_exit_code_of_a_job_that_outlives_its_ranks(code: int, endings: Endings, strict: bool, judged: int) -> None:
     assert run._judge(code, 3, endings, strict=strict) == judged
+
+
+@pytest.mark.parametrize(
+    ("lines", "are_all"),
+    [
+        ([], False),
+        (["rank 0 ended; lost: none", "rank 1 ended; lost: none", "rank 2 ended; lost: none"], False),
+        (["rank 0 ended; lost: 2"], False),
+        (["rank 0 ended; lost: 2", "rank 1 ended; lost: 2"], True),
+        (["rank 0 ended; lost: 1 2"], True),
+        (["rank 1 ends the job: uncaught StallError"], True),
+        (["rank 1 leaves the job: uncaught CutOffError"], False),
+    ],
+    ids=str,
+)
+def test_when_the_launcher_has_nothing_left_to_wait_for(lines: list[str], are_all: bool) -> None:
+    """Without lost ranks it hears of every end by itself."""
+    endings = Endings(size=3)
+    for line in lines:
+        endings.without(f"hvd_shadowsync: {line}\n".encode())
+    assert endings.are_all is are_all

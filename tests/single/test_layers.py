@@ -30,7 +30,7 @@ def part(module: str) -> str:
 
 
 LAYERS = [
-    ["rank"],
+    ["rank", "agent"],
     ["errors", "checks", "libraries", "gpus", "ending", "durable"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned", "finite"],

@@ -45,31 +45,77 @@ class Clock:
         return self.now
 
 
+class Sent:
+    """A request that is complete."""
+
+    def test(self) -> bool:
+        return True
+
+
 class Ranks:
     """Ranks of one thread, which look when the test lets time pass; `hosts` says who is on which machine."""
 
-    def __init__(self, size: int, rules: StallRules, hosts: list[int] | None = None) -> None:
+    def __init__(
+        self, size: int, rules: StallRules, hosts: list[int] | None = None, launcher: int | None = None
+    ) -> None:
         self.clock = Clock()
         self.errors: dict[int, StallError] = {}
         self.lost: set[int] = set()
         self.stopped: set[int] = set()
         self.killed: list[int] = []
+        self.under_way: list[Callable[[], Any]] = []
         self.tick_s = rules.tick_s
         self.steps = [0] * size
         hosts = hosts or [0] * size
-        people = [Person(rank, f"host{hosts[rank]}", 100 + rank, f"host{hosts[rank]}", "") for rank in range(size)]
+        people = [
+            Person(rank, f"host{hosts[rank]}", 100 + rank, f"host{hosts[rank]}", "", hosts[rank] == launcher)
+            for rank in range(size)
+        ]
+        self.cut_off: dict[int, set[int]] = {rank: set() for rank in range(size)}
+        self.sides: list[set[int]] = [set(range(size))]
         self.whereabouts = [Whereabouts(self.clock) for _ in range(size)]
         self.comms = local.world(size, kill={})
         self.attendances = []
         for rank, (comm, where) in enumerate(zip(self.comms, self.whereabouts, strict=True)):
             where.steps = lambda rank=rank: self.steps[rank]
             comm.kill = lambda rank, _: self.killed.append(rank)  # type: ignore[method-assign]
+            comm.declare_lost = self._declaring(rank)  # type: ignore[method-assign]
+            comm.isend = self._sending(rank, comm.isend)  # type: ignore[method-assign]
             self.attendances.append(
                 Attendance(comm, people, where, rules, lost=lambda: self.lost, fail=self._failing(rank))
             )
 
     def _failing(self, rank: int) -> Callable[[StallError], None]:
         return lambda error: self.errors.setdefault(rank, error)
+
+    def _declaring(self, own: int) -> Callable[[int], bool]:
+        def declare_lost(rank: int) -> bool:
+            self.cut_off[own].add(rank)
+            return True
+
+        return declare_lost
+
+    def _sending(self, own: int, isend: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep a message on its way for as long as the network is apart, as TCP does."""
+
+        def send(tensor: torch.Tensor, dest: int, tag: int) -> Any:
+            if any({own, dest} <= side for side in self.sides):
+                return isend(tensor, dest, tag)
+            self.under_way.append(lambda: isend(tensor, dest, tag))
+            return Sent()
+
+        return send
+
+    def part(self, *sides: set[int]) -> None:
+        """Have messages go no further than one of the sides."""
+        self.sides = list(sides)
+
+    def mend(self) -> None:
+        """Have all ranks reach one another again, and what was sent meanwhile."""
+        self.sides = [set(range(len(self.comms)))]
+        for send in self.under_way:
+            send()
+        self.under_way.clear()
 
     def wait(self, *ranks: int, place: str = VOTE) -> None:
         """Let ranks wait in `place` from now on."""
@@ -286,20 +332,137 @@ def test_a_slow_rank_ends_itself_when_told() -> None:
     assert (ranks.killed, ranks.errors) == ([1], {})
 
 
+def ends(ranks: Ranks) -> dict[int, str]:
+    return {rank: type(error).__name__ for rank, error in sorted(ranks.errors.items())}
+
+
 @pytest.mark.parametrize("stopped", [{2, 3}, {2}])
-def test_where_nobody_can_drop_it_the_job_ends(stopped: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_others_go_on_without_ranks_that_nobody_can_end(
+    stopped: set[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     ranks = Ranks(4, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=[0, 0, 1, 1])
-    ranks.stopped = stopped
+    ranks.stopped = set(stopped)
 
     def refuse(rank: int, pid: int) -> None:
         raise PermissionError("not yours")
 
     monkeypatch.setattr(ranks.comms[3], "kill", refuse)
-    ranks.wait(*set(range(4)) - stopped)
+    others = set(range(4)) - stopped
+    ranks.wait(*others)
     ranks.pass_s(340.0)
-    assert ranks.killed == []
-    assert "no rank of its host is left that could end it" in str(ranks.errors[0])
-    assert sorted(ranks.errors) == sorted({0, 1, 2, 3} - stopped)
+    assert (ranks.killed, ranks.errors) == ([], {})
+    assert [ranks.cut_off[rank] for rank in others] == [stopped] * len(others)
+    assert any(
+        "rank 2 is cut off: held up for 300 s (stall_timeout_s) by rank 2 on" in each for each in warnings(caplog)
+    )
+    ranks.lost = set(stopped)
+    ranks.stopped = set()
+    ranks.pass_s(10.0)
+    assert ends(ranks) == dict.fromkeys(stopped, "CutOffError"), "they have heard that the others went on"
+
+
+@pytest.mark.parametrize(
+    ("sides", "launcher", "left"),
+    [
+        (({0, 1}, {2}), 0, {2}),
+        (({0}, {1, 2}), None, {0}),
+        (({0, 1}, {2, 3}), None, {2, 3}),
+        (({0, 1}, {2, 3}), 0, {2, 3}),
+        (({0, 3}, {1, 2}), None, {1, 2}),
+        (({0, 1, 2}, {3}, {4}), 0, {3, 4}),
+    ],
+    ids=str,
+)
+def test_the_smaller_side_leaves(sides: tuple[set[int], ...], launcher: int | None, left: set[int]) -> None:
+    size = sum(map(len, sides))
+    ranks = Ranks(size, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=list(range(size)), launcher=launcher)
+    ranks.part(*sides)
+    ranks.wait(*range(size))
+    ranks.pass_s(400.0)
+    assert ends(ranks) == dict.fromkeys(sorted(left), "CutOffError")
+    stay = set(range(size)) - left
+    assert [ranks.cut_off[rank] for rank in stay] == [left] * len(stay)
+    ranks.lost = left
+    ranks.mend()
+    ranks.pass_s(400.0)
+    assert ends(ranks) == dict.fromkeys(sorted(left), "CutOffError"), "what comes from the other side has no effect"
+
+
+@pytest.mark.parametrize(
+    ("sides", "launcher", "reason"),
+    [
+        (({0}, {1, 2}), 0, "most ranks are away"),
+        (({0, 1}, {2, 3}), 3, "mpirun's host is away"),
+    ],
+    ids=str,
+)
+def test_where_no_side_can_go_on_all_end(sides: tuple[set[int], ...], launcher: int | None, reason: str) -> None:
+    size = sum(map(len, sides))
+    ranks = Ranks(size, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=list(range(size)), launcher=launcher)
+    ranks.part(*sides)
+    ranks.wait(*range(size))
+    ranks.pass_s(400.0)
+    assert ends(ranks) == dict.fromkeys(range(size), "StallError")
+    assert reason in str(ranks.errors[0])
+    assert not any(ranks.cut_off.values())
+
+
+def test_of_three_sides_none_goes_on() -> None:
+    """Those that cannot tell whether the others reach one another leave; who is beside the launcher ends the job."""
+    ranks = Ranks(6, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=list(range(6)), launcher=0)
+    ranks.part({0, 1}, {2, 3}, {4, 5})
+    ranks.wait(*range(6))
+    ranks.pass_s(400.0)
+    assert ends(ranks) == {0: "StallError", 1: "StallError"} | dict.fromkeys(range(2, 6), "CutOffError")
+
+
+def test_ranks_that_may_be_back_soon_are_waited_for_before_sides_are_taken() -> None:
+    ranks = Ranks(4, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=[0, 1, 2, 3])
+    ranks.part({0, 1, 3}, {2})
+    ranks.wait(0, 1, 3)
+    ranks.pass_s(290.0)
+    ranks.stopped = {3}
+    ranks.pass_s(30.0)
+    assert not any(ranks.cut_off.values())
+    ranks.stopped = set()
+    ranks.pass_s(20.0)
+    assert [ranks.cut_off[rank] for rank in (0, 1, 3)] == [{2}] * 3
+    assert ranks.errors == {}
+
+
+def test_the_next_rank_decides_where_the_lowest_does_not() -> None:
+    ranks = Ranks(3, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=[0, 1, 2])
+    ranks.part({0, 1}, {2})
+    ranks.wait(1)
+    ranks.pass_s(590.0, training=(0,))
+    assert not any(ranks.cut_off.values())
+    ranks.pass_s(60.0, training=(0,))
+    assert ranks.cut_off[0] == ranks.cut_off[1] == {2}
+
+
+def test_where_mpi_cannot_be_told_the_job_ends() -> None:
+    ranks = Ranks(3, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=[0, 1, 2])
+    ranks.stopped = {2}
+    for comm in ranks.comms:
+        comm.declare_lost = lambda _: False  # type: ignore[method-assign]
+    ranks.wait(0, 1)
+    ranks.pass_s(310.0)
+    assert ends(ranks) == {0: "StallError", 1: "StallError"}
+    assert "this MPI cannot go on without ranks that it does not know to be lost" in str(ranks.errors[0])
+
+
+def test_a_rank_that_is_cut_off_leaves_the_job_where_its_training_does_not_see_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone: list[str] = []
+    monkeypatch.setattr(attendance.mpi, "leave_job", gone.append)
+    ranks = Ranks(3, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=[0, 1, 2])
+    monkeypatch.setattr(ranks.comms[2], "spans_processes", True)
+    ranks.part({0, 1}, {2})
+    ranks.wait(2)
+    ranks.pass_s(320.0)
+    assert len(gone) >= 1
+    assert gone[0].startswith("this rank leaves the job: held up for 300 s")
 
 
 def test_a_pid_that_another_process_has_by_now_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from ranks_as_threads import on_ranks
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator, Message, Request
 from hvd_shadowsync.comm.poll import Poller
-from hvd_shadowsync.errors import TransportError
+from hvd_shadowsync.errors import RankLostError, TransportError
 
 SUMMED = [torch.float32, torch.float64, torch.int64]
 MOVED = [*SUMMED, torch.float16, torch.bfloat16, torch.uint8, torch.bool]
@@ -317,3 +317,12 @@ def test_messages_that_fit_several_receives_are_for_the_first_one() -> None:
         return [float(each) for each in received]
 
     assert local.run(2, program, timeout_s=10.0)[1] == [1.0, 2.0, 3.0]
+
+
+def test_a_rank_that_is_declared_lost_is_lost() -> None:
+    comms = local.world(3, kill={})
+    comms[0].check()
+    assert comms[0].declare_lost(2)
+    with pytest.raises(RankLostError):
+        comms[0].check()
+    assert local.world(2, kill={})[0].dup().declare_lost(1)
