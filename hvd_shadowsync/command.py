@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from hvd_shadowsync import ending, rank
+from hvd_shadowsync import ending, rank, restarts
 from hvd_shadowsync.comm.tuning import MPI_DEFAULTS, missing_defaults
 
 Kind = Literal["openmpi", "mpich", "intelmpi"]
@@ -88,6 +88,7 @@ class Launch:
         threads: OMP_NUM_THREADS of every rank; None: the cores divided by the ranks of a host.
         horovodrun: path of horovodrun, to launch through it; None: plain mpirun.
         outlives_ranks: whether the job goes on when a rank is lost (Open MPI 5).
+        restarts: how often the job was started again so far; None: it is not, however it ends.
     """
 
     program: tuple[str, ...]
@@ -99,6 +100,7 @@ class Launch:
     threads: int | None = None
     horovodrun: str | None = None
     outlives_ranks: bool = False
+    restarts: int | None = None
 
 
 def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
@@ -188,6 +190,8 @@ def added_environment(launch: Launch, mpi: Mpi, local_size: int) -> dict[str, st
         additions.update(_path_to_mpirun(mpi, environ))
     if launch.outlives_ranks:
         additions[ending.VARIABLE] = "1"
+    if launch.restarts is not None:
+        additions |= {ending.TRAINING_VARIABLE: "1", restarts.VARIABLE: str(launch.restarts)}
     return {**additions, **launch.env}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -19,11 +20,14 @@ from hvd_shadowsync import rank
 
 VARIABLE = "SHADOWRUN_WANTS_ENDINGS"
 """Set for ranks that are to say how they ended."""
+TRAINING_VARIABLE = "SHADOWRUN_WANTS_TRAINING"
+"""Set for ranks that are to say when they have come to their first training step."""
 RANK_VARIABLE = "OMPI_COMM_WORLD_RANK"
 SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 """The process that is a rank: programs that it starts have its environment, and import this as well, but are none."""
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
+TRAINS = re.compile(rb"hvd_shadowsync: training has begun\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
 
 FINALIZE_S = 5
@@ -46,6 +50,14 @@ def note_started() -> None:
     if os.environ.get(SPEAKER_VARIABLE) == str(os.getpid()):
         _say(rank.STARTED)
         sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} has begun\n")
+        sys.stderr.flush()
+
+
+@functools.cache
+def note_training() -> None:
+    """Let `shadowrun` know, if it wants to, that a rank has come to its first training step."""
+    if os.environ.get(TRAINING_VARIABLE):
+        sys.stderr.write("hvd_shadowsync: training has begun\n")
         sys.stderr.flush()
 
 
@@ -78,12 +90,16 @@ def _say(what: bytes) -> None:
 
 @dataclass
 class Endings:
-    """What ranks have said of their beginnings and ends; `never_began` is a rank that had not begun, and its code."""
+    """What ranks have said of their beginnings and ends.
+
+    `never_began` is a rank that had not begun, and its code; `trains` says whether one has come to its first step.
+    """
 
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
+    trains: bool = False
 
     def without(self, line: bytes) -> bytes:
         """Take note of what `line` says, if it is of a rank's end; return what else is in it."""
@@ -93,4 +109,7 @@ class Endings:
         self.begun.update(map(int, BEGUN.findall(line)))
         for number, code in NEVER_BEGAN.findall(line):
             self.never_began = self.never_began or (int(number), int(code))
-        return ENDED.sub(b"", BEGUN.sub(b"", NEVER_BEGAN.sub(b"", line)))
+        self.trains |= TRAINS.search(line) is not None
+        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS):
+            line = pattern.sub(b"", line)
+        return line

@@ -30,6 +30,7 @@ from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.comm.whereabouts import START, WARMUP
 from hvd_shadowsync.embedding.sharded import join_all
+from hvd_shadowsync.ending import note_training
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError, StallError
 from hvd_shadowsync.health import forget_bad_state
 from hvd_shadowsync.metrics import RoundMetrics, merge
@@ -484,6 +485,7 @@ class ShadowSync:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._notice_new_parameters()
         self._get_ready(needed=True)
+        note_training()
         if self._warmup.left and not self._skip_average:
             if len(args) > 1 or kwargs.get("closure") is not None:
                 raise ValueError(
@@ -518,6 +520,7 @@ class ShadowSync:
                 self._driver.rounds.wanted_replica = self._replica
 
     def _count_step(self, *_: Any) -> None:
+        note_training()
         self._metrics.steps += 1
 
     def _require_own_parameters(self) -> None:

@@ -14,12 +14,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from hvd_shadowsync import emulated
 from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
 from hvd_shadowsync.ending import Endings
+from hvd_shadowsync.restarts import VARIABLE as RESTARTS_VARIABLE
+from hvd_shadowsync.restarts import End, run_with_restarts
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
     "openmpi": r"\((?:Open MPI|OpenRTE)\) (\d+(?:\.\d+)*)",
@@ -173,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     add("--horovod", action="store_true", help="launch through horovodrun --mpi instead of mpirun")
     add("--fault-tolerant", action="store_true", help="go on without ranks that are lost (Open MPI 5)")
     add("--strict", action="store_true", help=f"with --fault-tolerant: exit with {LOST_CODE} where ranks were lost")
+    add("--restarts", type=int, metavar="N", help="start the job again where it fails in training, up to N times")
     add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="an environment variable for every rank")
     add("--threads", type=int, metavar="T", help="OMP_NUM_THREADS (default: cores of this machine / ranks per host)")
@@ -195,6 +199,8 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         raise LaunchError(f"--threads {options.threads} is less than 1; leave it out for cores / ranks per host")
     if options.strict and not options.fault_tolerant:
         raise LaunchError("--strict says how a job with --fault-tolerant exits; give both, or neither")
+    if options.restarts is not None and options.restarts < 0:
+        raise LaunchError(f"--restarts {options.restarts} is less than 0; say how often the job may be started again")
     network = _network(options)
     if network is not None:
         machine = replace(machine, root=True)  # whoever the user is outside
@@ -208,6 +214,7 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         threads=options.threads,
         horovodrun=find_horovodrun(machine.environ) if options.horovod else None,
         outlives_ranks=options.fault_tolerant,
+        restarts=0 if options.restarts else None,
     )
 
 
@@ -300,15 +307,21 @@ def _shown_word(word: str) -> str:
     return CREDENTIALS.sub(rf"\1{HIDDEN}@", shown)
 
 
-def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endings | None = None) -> int:
+def supervise(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    endings: Endings | None = None,
+    received: list[int] | None = None,
+) -> int:
     """Run `command` in a session of its own, pass signals on to all of it, and return its exit code when all has ended.
 
-    What ranks say of their ends goes into `endings`, where given, and nowhere else.
+    What ranks say of their ends goes into `endings`, where given, and nowhere else; signals that came are added to
+    `received`.
 
     horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
     MPICH's mpirun exits with 0 after a signal: the code is then the signal's.
     """
-    received: list[int] = []
+    received = [] if received is None else received
     child: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: object) -> None:
@@ -334,7 +347,7 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endin
 
 
 def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
-    """Copy the child's stderr, line by line, until it ends.
+    """Copy the child's stderr, line by line (progress bars as well), until it ends.
 
     Where a rank has ended before it had begun, and none is heard to begin for a while, the others wait for it in
     MPI_Init: the job is ended then.
@@ -346,7 +359,7 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
             _signal_group(child.pid, signal.SIGTERM)
 
     timer: threading.Timer | None = None
-    for line in child.stderr:
+    for line in _lines(child.stderr.fileno()):
         sys.stderr.buffer.write(endings.without(line))
         sys.stderr.buffer.flush()
         if endings.never_began is not None and timer is None:
@@ -354,6 +367,16 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
             timer.start()
     if timer is not None:
         timer.cancel()
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Iterate over what is read from `descriptor`, cut where a line ends or begins anew."""
+    rest = b""
+    while chunk := os.read(descriptor, 65536):
+        *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)
+        yield from lines
+    if rest:
+        yield rest
 
 
 def _judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
@@ -398,18 +421,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `shadowrun`: the job's exit code, 0 after --dry-run, 2 where the job cannot be started.
 
     This process becomes Open MPI's mpirun, so that its exit code and the signals that it gets are mpirun's own; the
-    other launchers, and jobs that outlive their ranks, are supervised instead (see `supervise`).
+    other launchers, jobs that outlive their ranks and jobs with restarts are supervised instead (see `supervise`).
     """
     try:
         options = parser().parse_args(arguments)
         launch = launch_from(options, this_machine())
         mpi = detect_mpi()
-        command, additions = build_command(launch, mpi)
-        network = _network(options)
-        if network is not None and mpi.kind != "openmpi":
-            raise LaunchError(f"--emulated needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
-        if network is not None:
-            command = emulated.wrapped(network, command)
+        command, additions = _command_of(options, launch, mpi)
     except LaunchError as error:
         print(f"shadowrun: {error}", file=sys.stderr)
         return 2
@@ -419,12 +437,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verbose:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
-    if launch.outlives_ranks:
-        endings = Endings()
-        return _judge(supervise(command, environ, endings), launch.size, endings, strict=options.strict)
+    if launch.outlives_ranks or launch.restarts is not None:
+        attempt = partial(_attempt, command, environ, launch, strict=options.strict)
+        return run_with_restarts(attempt, options.restarts or 0)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     os.execvpe(command[0], command, environ)
+
+
+def _command_of(options: argparse.Namespace, launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
+    command, additions = build_command(launch, mpi)
+    if (network := _network(options)) is not None:
+        if mpi.kind != "openmpi":
+            raise LaunchError(f"--emulated needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
+        command = emulated.wrapped(network, command)
+    return command, additions
+
+
+def _attempt(command: Sequence[str], environ: Mapping[str, str], launch: Launch, number: int, *, strict: bool) -> End:
+    """Run the job, for the `number`-th time after the first, to its end."""
+    endings, received = Endings(), list[int]()
+    if launch.restarts is not None:
+        environ = {**environ, RESTARTS_VARIABLE: str(number)}
+    code = supervise(command, environ, endings, received)
+    if not launch.outlives_ranks:
+        return End(code, bool(received), endings.trains)
+    code = _judge(code, launch.size, endings, strict=strict)
+    return End(code, bool(received), endings.trains, complete=code == LOST_CODE and strict and bool(endings.ended))
 
 
 if __name__ == "__main__":

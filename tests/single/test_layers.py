@@ -46,6 +46,7 @@ LAYERS = [
     ["distributed", "broadcast"],
     ["torch", "checkpoint"],
     ["checkpointing"],
+    ["restarts"],
     ["command", "emulated", "run", "doctor", "capacity", "__main__"],
 ]
 """Parts of the package, the lowest layer first; a part is a module or a folder."""
@@ -57,6 +58,7 @@ WITHOUT_TORCH = [
     "comm.tuning",
     "pacing",
     "metrics",
+    "restarts",
     "command",
     "emulated",
     "emulated.__main__",
