@@ -175,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     emulated.add_options(result)
     add("--horovod", action="store_true", help="launch through horovodrun --mpi instead of mpirun")
     add("--fault-tolerant", action="store_true", help="go on without ranks that are lost (Open MPI 5)")
+    add("--respawn", type=int, default=0, metavar="N", help="with --fault-tolerant: replace lost ranks, up to N of them")
     add("--strict", action="store_true", help=f"with --fault-tolerant: exit with {LOST_CODE} where ranks were lost")
     add("--restarts", type=int, metavar="N", help="start the job again where it fails in training, up to N times")
     add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")
@@ -199,6 +200,11 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         raise LaunchError(f"--threads {options.threads} is less than 1; leave it out for cores / ranks per host")
     if options.strict and not options.fault_tolerant:
         raise LaunchError("--strict says how a job with --fault-tolerant exits; give both, or neither")
+    if options.respawn < 0 or (options.respawn and not options.fault_tolerant):
+        raise LaunchError(
+            f"--respawn {options.respawn} says how many lost ranks of a job with --fault-tolerant are replaced; give "
+            "both, or neither"
+        )
     if options.restarts is not None and options.restarts < 0:
         raise LaunchError(f"--restarts {options.restarts} is less than 0; say how often the job may be started again")
     network = _network(options)
@@ -214,6 +220,7 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         threads=options.threads,
         horovodrun=find_horovodrun(machine.environ) if options.horovod else None,
         outlives_ranks=options.fault_tolerant,
+        spares=options.respawn,
         restarts=0 if options.restarts else None,
     )
 

@@ -31,7 +31,7 @@ def part(module: str) -> str:
 
 LAYERS = [
     ["rank"],
-    ["errors", "checks", "libraries", "gpus", "ending", "durable"],
+    ["errors", "checks", "libraries", "gpus", "ending", "durable", "restarts"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned", "finite"],
     ["algorithms"],
@@ -46,7 +46,6 @@ LAYERS = [
     ["distributed", "broadcast"],
     ["torch", "checkpoint"],
     ["checkpointing"],
-    ["restarts"],
     ["command", "emulated", "run", "doctor", "capacity", "__main__"],
 ]
 """Parts of the package, the lowest layer first; a part is a module or a folder."""
