@@ -36,6 +36,7 @@ UNNOTICED_S = 30
 """The same where no rank is known to be lost: one may be, since the others have ceased to look."""
 
 _LOST: set[int] = set()
+_HEARD = True
 
 
 def note_lost(ranks: Iterable[int]) -> list[int]:
@@ -45,9 +46,21 @@ def note_lost(ranks: Iterable[int]) -> list[int]:
     return new
 
 
+def is_speaker() -> bool:
+    """Whether this process is a rank that says how it ends."""
+    return os.environ.get(SPEAKER_VARIABLE) == str(os.getpid())
+
+
+def end_unheard(lost: Iterable[int]) -> None:
+    """Let this process, which has taken no part, end without a word to `shadowrun`; `lost` are ranks of the job."""
+    global _HEARD
+    _HEARD = False
+    note_lost(lost)
+
+
 def note_started() -> None:
     """Let the process that has started this one know that MPI is initialised, on all ranks, and `shadowrun` as well."""
-    if os.environ.get(SPEAKER_VARIABLE) == str(os.getpid()):
+    if is_speaker():
         _say(rank.STARTED)
         sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} has begun\n")
         sys.stderr.flush()
@@ -71,13 +84,14 @@ def end_well() -> None:
 def _end(pid: int) -> None:
     if pid != os.getpid():  # forked from a rank
         return
-    is_speaker = os.environ.get(SPEAKER_VARIABLE) == str(pid)
-    if is_speaker:
+    speaks = is_speaker()
+    if speaks:
         _say(rank.ENDED)
+    if speaks and _HEARD:
         lost = " ".join(map(str, sorted(_LOST))) or "none"
         sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}\n")
         sys.stderr.flush()
-    if _LOST or is_speaker:
+    if _LOST or speaks:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(FINALIZE_S if _LOST else UNNOTICED_S)
 

@@ -25,7 +25,7 @@ from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.attendance import Attendance, Person
-from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.base import Communicator, Reserve
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.comm.whereabouts import START, WARMUP
@@ -33,6 +33,7 @@ from hvd_shadowsync.embedding.sharded import join_all
 from hvd_shadowsync.ending import note_training
 from hvd_shadowsync.errors import ReplicaMismatchError, ShadowSyncError, StallError
 from hvd_shadowsync.health import forget_bad_state
+from hvd_shadowsync.legacy import TrainingState
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
 from hvd_shadowsync.pacing import Pacing
@@ -189,12 +190,15 @@ class ShadowSync:
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
         comm = mpi.world() if communicator is None else communicator.dup()
-        self._ranks = _survivors(comm, self._metrics.note_lost)
-        self._alone = self.size == 1
+        self._reserve = mpi.reserve(self._number) if comm.has_reserve else None
+        self._ranks = _survivors(comm, self._metrics.note_lost, self._reserve)
+        self._shard, self._num_shards = mpi.shard_of(comm)
+        self._alone = self.size == 1 and not self._is_new
         arguments.check_dropping(self._stalls, self._ranks.comm)
         self._attendance: Attendance | None = None
         self._stalled: StallError | None = None
-        self._warmup = Warmup(self._ranks, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
+        warmup = 0 if self._is_new else warmup_steps
+        self._warmup = Warmup(self._ranks, self._poller, warmup, sparse_as_dense=sparse_as_dense)
         self._groups = _group_sizes(optimizer)
         self._replica = self._make_replica()
         if not self._alone:
@@ -203,7 +207,7 @@ class ShadowSync:
             self._started = False
         self._attach()
         _OPEN[self._number] = self
-        if self._stalls.active and not self._alone:
+        if self._stalls.active and not self._alone and not self._is_new:
             self._attend()
 
     # --- what a user asks for -----------------------------------------------------------------------------------------
@@ -217,6 +221,19 @@ class ShadowSync:
     def size(self) -> int:
         """The number of ranks that synchronise; less than at first after ranks were lost."""
         return self._ranks.comm.size
+
+    @property
+    def shard(self) -> int:
+        """The number of the part of the data that is this rank's, from 0 on, of `num_shards`.
+
+        Its rank when the job began; that of the lost rank that it has taken the place of. It never changes.
+        """
+        return self._shard
+
+    @property
+    def num_shards(self) -> int:
+        """The number of ranks when the job began; it never changes."""
+        return self._num_shards
 
     def pause(self) -> None:
         """Begin no more rounds on this rank; the others train on, and their next round waits for `resume`."""
@@ -664,7 +681,7 @@ class ShadowSync:
             if self._warmup.steps:
                 self._start_alike()
             with self._ranks.whereabouts.waiting(START):
-                rounds = self._ranks.together(self._begin)
+                rounds = self._join() if self._is_new else self._ranks.together(self._begin)
             self._loaded = None
             self._driver = self._make_driver(rounds)
             self._driver.ending = self._ending
@@ -677,12 +694,35 @@ class ShadowSync:
         return self._driver
 
     def _begin(self, comm: Communicator) -> Rounds:
-        budget = self._pacing.cpu_budget
-        rounds = Rounds(
-            self._ranks, self._replica, self._options, self._metrics, self._poller, cpu_budget=budget
-        )  # fmt: skip
+        rounds = self._make_rounds()
         self._recall(rounds, comm)
         return rounds
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether this rank takes the place of a lost one; until its first step it does what it does for itself."""
+        return self._reserve is not None and self._reserve.is_new
+
+    def _join(self) -> Rounds:
+        """Wait for the others to take this rank in, in the place of a lost one, and go on as they do."""
+        assert self._reserve is not None, "it is new"
+        whereabouts, everyone = self._ranks.whereabouts, range(self._num_shards)
+        self._ranks = Survivors(self._reserve.join(), self._metrics.note_lost, self._reserve, everyone)
+        self._ranks.whereabouts = whereabouts
+        try:
+            return self._make_rounds(joins=True)
+        except Exception:
+            logger.exception("this rank cannot go on in the place of a lost one")
+            mpi.leave_job("it could not join")
+            raise
+
+    def _make_rounds(self, *, joins: bool = False) -> Rounds:
+        _, rest = whole_model(self._replica, self._model, buffers=True)
+        legacy = None if self._reserve is None else TrainingState(self.optimizer, rest)
+        return Rounds(
+            self._ranks, self._replica, self._options, self._metrics, self._poller,
+            cpu_budget=self._pacing.cpu_budget, legacy=legacy, joins=joins,
+        )  # fmt: skip
 
     def _begin_again(self, rounds: Rounds, comm: Communicator) -> None:
         rounds.begin(self._replica)
@@ -757,9 +797,9 @@ def _roll(comm: Communicator) -> tuple[Communicator, list[Person]]:
     return comm.dup(linked=False), comm.allgather_object(Person.here(comm.members[comm.rank]))
 
 
-def _survivors(comm: Communicator, on_loss: Callable[[int, float], None]) -> Survivors:
+def _survivors(comm: Communicator, on_change: Callable[[int, int, float], None], reserve: Reserve | None) -> Survivors:
     """Return the ranks of `comm` under the names that messages call them by (collective)."""
-    ranks = Survivors(comm, on_loss)
+    ranks = Survivors(comm, on_change, reserve)
     if comm.outlives_ranks:
         ranks.hosts = dict(ranks.together(_everyones((comm.members[comm.rank], platform.node()))))
     return ranks

@@ -175,7 +175,9 @@ def parser() -> argparse.ArgumentParser:
     emulated.add_options(result)
     add("--horovod", action="store_true", help="launch through horovodrun --mpi instead of mpirun")
     add("--fault-tolerant", action="store_true", help="go on without ranks that are lost (Open MPI 5)")
-    add("--respawn", type=int, default=0, metavar="N", help="with --fault-tolerant: replace lost ranks, up to N of them")
+    add(
+        "--respawn", type=int, default=0, metavar="N", help="with --fault-tolerant: replace lost ranks, up to N of them"
+    )
     add("--strict", action="store_true", help=f"with --fault-tolerant: exit with {LOST_CODE} where ranks were lost")
     add("--restarts", type=int, metavar="N", help="start the job again where it fails in training, up to N times")
     add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")

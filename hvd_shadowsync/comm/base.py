@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -38,6 +39,37 @@ class SharedMemory(Protocol):
         """Order this rank's reads and writes: those before come before those after, for all ranks."""
 
 
+class Reserve(ABC):
+    """Processes that take the place of lost ranks; for the one thread that uses a handle's communicator."""
+
+    is_new = False
+    """Whether this process is one of them, and has to `join`."""
+
+    @abstractmethod
+    def summon(self, numbers: Sequence[int]) -> None:
+        """Have processes begin in the place of the lost `numbers`, where none does yet; the first rank calls this."""
+
+    @abstractmethod
+    def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
+        """Return a process that is ready to join, and in the place of which of `numbers`; None where there is none."""
+
+    @abstractmethod
+    def meet(self, comm: Communicator, spare: int) -> Any:
+        """Begin to take a process in, together with it (collective over `comm` and that process, blocking)."""
+
+    @abstractmethod
+    def merge(self, meeting: Any, comm: Communicator, number: int) -> Communicator:
+        """Return a communicator of the ranks of `comm` and, as its last rank, the process that is met (likewise)."""
+
+    @abstractmethod
+    def settle(self, spare: int, *, joined: bool) -> None:
+        """Let a process know whether it has joined: all ranks that were left say the same; if not, it ends."""
+
+    @abstractmethod
+    def join(self) -> Communicator:
+        """Wait until the others take this process in, and return the communicator; it ends where the job does."""
+
+
 class Communicator(ABC):
     """A group of ranks and the non-blocking operations between them.
 
@@ -52,6 +84,8 @@ class Communicator(ABC):
     """By rank, what its number is in the communicator that this one was made from, over `dup` and `survivors`."""
     spans_processes = True
     """Whether each rank is a process, which has to take part until the end of the job."""
+    has_reserve = False
+    """Whether lost ranks can be replaced: `Reserve` says how."""
     outlives_ranks = False
     """Whether a rank that is lost makes calls raise `RankLostError`, instead of ending the job or never returning."""
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm import memory, waiting
-from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
+from hvd_shadowsync.comm import memory, spares, waiting
+from hvd_shadowsync.comm.base import Communicator, Message, Request, Reserve, SharedMemory
+from hvd_shadowsync.comm.echo import EchoCommunicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.ending import note_lost, note_started
 from hvd_shadowsync.errors import RankLostError, ShadowSyncError, TransportError
@@ -71,18 +72,28 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
     mpi = load_mpi()
     check_launch(mpi)
     everyone = mpi.COMM_WORLD
+    if (reserve := spares.here()) is not None:
+        if ranks is not None or reserve.has_changed:
+            raise TransportError(
+                "in a job with --respawn communicators are over all ranks, and there are no new ones once a rank was "
+                "replaced; make handles and broadcasts at the start, without a process_set"
+            )
+        if reserve.is_spare:
+            return EchoCommunicator(range(reserve.size))
     if ranks is None:
         if not outlives_ranks():
             return MpiCommunicator(everyone.Dup())
         with _noticing():
-            left = everyone.Shrink()  # a copy of the world, but for ranks that are lost already
+            # a copy of the world, but for spares and for ranks that are lost already
+            left = (everyone if reserve is None else reserve.work).Shrink()
         members = _members(mpi, left, everyone, range(everyone.size))
-        if gone := note_lost(set(range(everyone.size)) - set(members)):
+        size = everyone.size if reserve is None else reserve.size
+        if gone := note_lost(set(range(size)) - set(members)):
             logger.log(
                 logging.WARNING if left.rank == 0 else logging.INFO,
                 "lost rank %s before there was a handle; the other %d go on", ", ".join(map(str, gone)), left.size,
             )  # fmt: skip
-        return MpiCommunicator(left, members, outlives_ranks=True)
+        return MpiCommunicator(left, members, outlives_ranks=True, has_reserve=reserve is not None)
     if not set(ranks) <= set(range(everyone.size)) or everyone.rank not in ranks:
         raise ValueError(
             f"process_set has ranks {sorted(ranks)}, called on rank {everyone.rank} of {everyone.size}; "
@@ -91,6 +102,61 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
     group = everyone.group.Incl(list(ranks))
     with _noticing():
         return MpiCommunicator(everyone.Create_group(group), ranks, outlives_ranks=outlives_ranks())
+
+
+class MpiReserve(Reserve):
+    """The spares of an MPI job, for the handle with the number `handle`."""
+
+    def __init__(self, known: spares.Spares, handle: int) -> None:
+        self._spares, self._handle = known, handle
+        self.is_new = known.is_spare
+
+    def summon(self, numbers: Sequence[int]) -> None:
+        """See `Reserve.summon`."""
+        self._spares.summon(numbers)
+
+    def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
+        """See `Reserve.candidate`."""
+        return self._spares.candidate(self._handle, numbers)
+
+    def meet(self, comm: Communicator, spare: int) -> Any:
+        """See `Reserve.meet`."""
+        assert isinstance(comm, MpiCommunicator), "a job has one transport"
+        with _noticing():
+            return self._spares.meet(comm._comm, self._handle, spare, comm.members)
+
+    def merge(self, meeting: Any, comm: Communicator, number: int) -> Communicator:
+        """See `Reserve.merge`."""
+        try:
+            with _noticing():
+                merged = meeting.Merge(False)
+        except RankLostError:
+            meeting.Revoke()
+            raise
+        return MpiCommunicator(merged, [*comm.members, number], outlives_ranks=True, has_reserve=True)
+
+    def settle(self, spare: int, *, joined: bool) -> None:
+        """See `Reserve.settle`."""
+        self._spares.has_changed |= joined
+        self._spares.tell(self._handle, spare, joined=joined)
+
+    def join(self) -> Communicator:
+        """See `Reserve.join`."""
+        merged, members = self._spares.join(self._handle)
+        self._spares.has_changed = True
+        return MpiCommunicator(merged, members, outlives_ranks=True, has_reserve=True)
+
+
+def shard_of(comm: Communicator) -> tuple[int, int]:
+    """Return this process's number among the ranks that `comm` began with, or will have joined, and how many."""
+    if comm.has_reserve and (known := spares.here()) is not None and known.number is not None:
+        return known.number, known.size
+    return comm.rank, comm.size
+
+
+def reserve(handle: int) -> Reserve | None:
+    """Return who can take the place of lost ranks, for the handle with that number; None where nobody can."""
+    return None if (known := spares.here()) is None else MpiReserve(known, handle)
 
 
 def _members(mpi: Any, part: Any, whole: Any, members: Sequence[int]) -> list[int]:
@@ -134,7 +200,8 @@ class _EndsJob:
         self._previous(kind, error, trace)
         if not self.active:
             return
-        if self.spares_others and not issubclass(kind, ShadowSyncError) and outlives_ranks():
+        is_alone = (known := spares.here()) is not None and known.is_spare and not known.has_joined
+        if is_alone or (self.spares_others and not issubclass(kind, ShadowSyncError) and outlives_ranks()):
             leave_job(f"uncaught {kind.__name__}")
         end_job(f"uncaught {kind.__name__}")
 
@@ -303,17 +370,24 @@ class MpiCommunicator(Communicator):
     Args:
         comm: the communicator.
         members: see `Communicator.members`; by default its ranks.
-        outlives_ranks: see `Communicator.outlives_ranks`.
+        outlives_ranks, has_reserve: see `Communicator`.
     """
 
-    def __init__(self, comm: Any, members: Sequence[int] | None = None, *, outlives_ranks: bool = False) -> None:
+    def __init__(
+        self,
+        comm: Any,
+        members: Sequence[int] | None = None,
+        *,
+        outlives_ranks: bool = False,
+        has_reserve: bool = False,
+    ) -> None:
         self._mpi = load_mpi()
         self._comm = comm
         _IN_USE.add(self._mpi)
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
         self.members = tuple(range(comm.size) if members is None else members)
-        self.outlives_ranks = outlives_ranks
+        self.outlives_ranks, self.has_reserve = outlives_ranks, has_reserve
         self._pending: set[_MpiRequest] | None = set() if outlives_ranks else None
         self._hosts: list[int] | None = None
         self._parts: list[MpiCommunicator] = []
@@ -408,7 +482,7 @@ class MpiCommunicator(Communicator):
         with _noticing():
             left = self._comm.Shrink()
         _IN_USE.remove()
-        return MpiCommunicator(left, self._members_of(left), outlives_ranks=True)
+        return MpiCommunicator(left, self._members_of(left), outlives_ranks=True, has_reserve=self.has_reserve)
 
     def share(self, num_bytes: int) -> SharedMemory | None:
         """See `Communicator.share`."""

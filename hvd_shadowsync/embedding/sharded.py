@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from hvd_shadowsync import agree
 from hvd_shadowsync.checks import check_count, check_flag, choice
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import mpi, spares
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding import kernels, whole
@@ -141,6 +141,7 @@ class ShardedEmbeddingBag(nn.Module):
             )
         self._include_last_offset = include_last_offset
         self._kernel = kernels.choose(kernel)
+        _refuse_if_new()
         self._comm = mpi.world() if communicator is None else communicator.dup()
         self.plan = _plan_of(self.tables, plan, self._comm.size, optimizer)
         self._require_same(optimizer, dtype, wire_dtype, seed, share_memory=share_memory, debug=debug)
@@ -523,6 +524,15 @@ def open_modules(owner: threading.Thread) -> list[ShardedEmbeddingBag]:
     """Return every open `ShardedEmbeddingBag` that the thread `owner` made, in order."""
     modules = [each for reference in _OPEN.valuerefs() if (each := reference()) is not None and each._owner is owner]
     return sorted(modules, key=lambda each: each._number)
+
+
+def _refuse_if_new() -> None:
+    """Raise where this process takes the place of a lost rank, whose rows are lost as well."""
+    if (known := spares.here()) is not None and known.is_spare:
+        raise EmbeddingError(
+            "this process takes the place of a lost rank (--respawn), whose rows of sharded tables are lost: start the "
+            "job again from its last checkpoint (shadowrun --restarts does)"
+        )
 
 
 def join_all(owner: threading.Thread) -> None:
