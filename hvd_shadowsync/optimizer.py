@@ -193,6 +193,7 @@ class ShadowSync:
         self._reserve = mpi.reserve(self._number) if comm.has_reserve else None
         self._ranks = _survivors(comm, self._metrics.note_lost, self._reserve)
         self._shard, self._num_shards = mpi.shard_of(comm)
+        self._ranks.greet = self._greet if self._reserve is not None else None
         self._alone = self.size == 1 and not self._is_new
         arguments.check_dropping(self._stalls, self._ranks.comm)
         self._attendance: Attendance | None = None
@@ -572,9 +573,20 @@ class ShadowSync:
 
     def _attend(self) -> None:
         """Begin to look who is missing (collective)."""
+        self._attend_to(*self._ranks.together(_roll))
+
+    def _greet(self, comm: Communicator) -> None:
+        """Take note of ranks that have joined (collective, on the thread that makes rounds)."""
+        self._ranks.hosts.update(comm.allgather_object((comm.members[comm.rank], platform.node())))
+        if self._stalls.active:
+            comm, people = _roll(comm)
+            if self._attendance is not None:
+                self._attendance.stop()
+            self._attend_to(comm, people)
+
+    def _attend_to(self, comm: Communicator, people: list[Person]) -> None:
         ranks, metrics, handle = self._ranks, self._metrics, weakref.ref(self)
         ranks.whereabouts.steps = lambda: metrics.steps
-        comm, people = ranks.together(_roll)
 
         def fail(error: StallError) -> None:
             if (still := handle()) is not None:
@@ -708,7 +720,7 @@ class ShadowSync:
         assert self._reserve is not None, "it is new"
         whereabouts, everyone = self._ranks.whereabouts, range(self._num_shards)
         self._ranks = Survivors(self._reserve.join(), self._metrics.note_lost, self._reserve, everyone)
-        self._ranks.whereabouts = whereabouts
+        self._ranks.whereabouts, self._ranks.greet = whereabouts, self._greet
         try:
             return self._make_rounds(joins=True)
         except Exception:

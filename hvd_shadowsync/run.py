@@ -202,6 +202,8 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         raise LaunchError(f"--threads {options.threads} is less than 1; leave it out for cores / ranks per host")
     if options.strict and not options.fault_tolerant:
         raise LaunchError("--strict says how a job with --fault-tolerant exits; give both, or neither")
+    if options.respawn and options.size == 1:
+        raise LaunchError("--respawn needs another rank that takes the new one in; start at least 2 with -np")
     if options.respawn < 0 or (options.respawn and not options.fault_tolerant):
         raise LaunchError(
             f"--respawn {options.respawn} says how many lost ranks of a job with --fault-tolerant are replaced; give "

@@ -82,6 +82,8 @@ class Spares:
         """The communicator of the ranks, or of the spares."""
         self._pairs: dict[int, Any] = {}
         self._set_up()
+        if self.number is not None:
+            self._take_names(self.number)
         atexit.register(self.leave)
         mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=lambda *_: self.leave()), None)
 
@@ -236,11 +238,11 @@ class Spares:
             self.look()
         self.number = self._called[self.me]
         self._say(self._others(), Tag.HERE, self.number)
-        self._take_over_names(self.number)
+        self._take_names(self.number)
         threading.Thread(target=self._watch, name="shadow-spare", daemon=True).start()
 
-    def _take_over_names(self, number: int) -> None:
-        """Have the environment of the rank that is replaced: its numbers, for scripts and for messages."""
+    def _take_names(self, number: int) -> None:
+        """Have the environment of rank `number` in a job without spares, for scripts and for messages."""
         own_rank, own_host = self._people[self.me]
         local_rank, host = self._people.get(number, ("0", ""))
         local_size = max(1, [name for seat, (_, name) in self._people.items() if seat < self.size].count(own_host))

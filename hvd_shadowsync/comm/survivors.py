@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from hvd_shadowsync.comm.base import Communicator, Reserve
@@ -44,6 +45,8 @@ class Survivors:
         self.reserve = reserve
         self.admits = False
         """Whether this rank, if it is the first one, lets lost ranks be replaced now."""
+        self.greet: Callable[[Communicator], None] | None = None
+        """Called where ranks have joined, on all ranks together, a second time where one is lost meanwhile."""
         self.new: set[int] = set()
         """The numbers of the ranks that have joined and not begun yet, this one as well."""
         self._on_change = on_change
@@ -121,8 +124,14 @@ class Survivors:
     def _with_the_new(self, begin: Callable[[Communicator], T]) -> T:
         while (found := self._to_take_in()) is not None:
             self._take_in(*found)
-        begun = self.together(begin)
+        begun = self.together(partial(self._begin, begin))
         self.new = set()
+        return begun
+
+    def _begin(self, begin: Callable[[Communicator], T], comm: Communicator) -> T:
+        begun = begin(comm)
+        if self.new and self.greet is not None:
+            self.greet(comm)
         return begun
 
     def _to_take_in(self) -> tuple[int, int] | None:
