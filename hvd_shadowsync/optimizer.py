@@ -190,9 +190,9 @@ class ShadowSync:
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
         comm = mpi.world() if communicator is None else communicator.dup()
-        self._reserve = mpi.reserve(self._number) if comm.has_reserve else None
+        self._reserve = comm.reserve(self._number)
         self._ranks = _survivors(comm, self._metrics.note_lost, self._reserve)
-        self._shard, self._num_shards = mpi.shard_of(comm)
+        self._shard, self._num_shards = (comm.rank, comm.size) if self._reserve is None else self._reserve.shard
         self._ranks.greet = self._greet if self._reserve is not None else None
         self._alone = self.size == 1 and not self._is_new
         arguments.check_dropping(self._stalls, self._ranks.comm)

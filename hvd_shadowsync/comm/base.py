@@ -42,8 +42,10 @@ class SharedMemory(Protocol):
 class Reserve(ABC):
     """Processes that take the place of lost ranks; for the one thread that uses a handle's communicator."""
 
-    is_new = False
+    is_new: bool
     """Whether this process is one of them, and has to `join`."""
+    shard: tuple[int, int]
+    """The number of the rank that this process is, or takes the place of, and how many ranks there were at first."""
 
     @abstractmethod
     def summon(self, numbers: Sequence[int]) -> None:
@@ -84,8 +86,6 @@ class Communicator(ABC):
     """By rank, what its number is in the communicator that this one was made from, over `dup` and `survivors`."""
     spans_processes = True
     """Whether each rank is a process, which has to take part until the end of the job."""
-    has_reserve = False
-    """Whether lost ranks can be replaced: `Reserve` says how."""
     outlives_ranks = False
     """Whether a rank that is lost makes calls raise `RankLostError`, instead of ending the job or never returning."""
 
@@ -167,6 +167,10 @@ class Communicator(ABC):
 
         This one must have been revoked; it is not to be used, nor freed, afterwards.
         """
+
+    def reserve(self, handle: int) -> Reserve | None:
+        """Return who can take the place of lost ranks in the handle with that number; None for nobody."""
+        return None
 
     def overlook_lost(self) -> None:  # noqa: B027 (where ranks are not lost)
         """Let `probe` find messages of the ranks that are left, although it has raised `RankLostError`."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
+from hvd_shadowsync.comm.base import Communicator, Message, Request, Reserve, SharedMemory
 
 
 class _Complete:
@@ -20,13 +20,23 @@ class EchoCommunicator(Communicator):
     """The last of as many ranks as `members` has, all of which do what this one does.
 
     So what a script does at its start, where all ranks do the same, has its usual result; nothing is sent.
+
+    Args:
+        members: see `Communicator.members`.
+        reserve, spans_processes: see `Communicator`.
     """
 
     outlives_ranks = True
-    has_reserve = True
 
-    def __init__(self, members: Sequence[int]) -> None:
+    def __init__(
+        self, members: Sequence[int], reserve: Callable[[int], Reserve], *, spans_processes: bool = True
+    ) -> None:
         self.rank, self.size, self.members = len(members) - 1, len(members), tuple(members)
+        self._reserve, self.spans_processes = reserve, spans_processes
+
+    def reserve(self, handle: int) -> Reserve:
+        """See `Communicator.reserve`."""
+        return self._reserve(handle)
 
     def iallreduce(self, send: Tensor, recv: Tensor | None = None) -> Request:
         """See `Communicator.iallreduce`."""
@@ -73,7 +83,7 @@ class EchoCommunicator(Communicator):
 
     def split(self, color: int | None) -> Communicator | None:
         """See `Communicator.split`."""
-        return None if color is None else EchoCommunicator(self.members)
+        return None if color is None else self.dup()
 
     def check(self) -> None:
         """See `Communicator.check`."""
@@ -91,7 +101,7 @@ class EchoCommunicator(Communicator):
 
     def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""
-        return EchoCommunicator(self.members)
+        return EchoCommunicator(self.members, self._reserve, spans_processes=self.spans_processes)
 
     def free(self) -> None:
         """See `Communicator.free`."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -72,28 +73,28 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
     mpi = load_mpi()
     check_launch(mpi)
     everyone = mpi.COMM_WORLD
-    if (reserve := spares.here()) is not None:
-        if ranks is not None or reserve.has_changed:
+    if (known := spares.here()) is not None:
+        if ranks is not None or known.has_changed:
             raise TransportError(
                 "in a job with --respawn communicators are over all ranks, and there are no new ones once a rank was "
                 "replaced; make handles and broadcasts at the start, without a process_set"
             )
-        if reserve.is_spare:
-            return EchoCommunicator(range(reserve.size))
+        if known.is_spare:
+            return EchoCommunicator(range(known.size), partial(MpiReserve, known))
     if ranks is None:
         if not outlives_ranks():
             return MpiCommunicator(everyone.Dup())
         with _noticing():
             # a copy of the world, but for spares and for ranks that are lost already
-            left = (everyone if reserve is None else reserve.work).Shrink()
+            left = (everyone if known is None else known.work).Shrink()
         members = _members(mpi, left, everyone, range(everyone.size))
-        size = everyone.size if reserve is None else reserve.size
+        size = everyone.size if known is None else known.size
         if gone := note_lost(set(range(size)) - set(members)):
             logger.log(
                 logging.WARNING if left.rank == 0 else logging.INFO,
                 "lost rank %s before there was a handle; the other %d go on", ", ".join(map(str, gone)), left.size,
             )  # fmt: skip
-        return MpiCommunicator(left, members, outlives_ranks=True, has_reserve=reserve is not None)
+        return MpiCommunicator(left, members, outlives_ranks=True, has_reserve=known is not None)
     if not set(ranks) <= set(range(everyone.size)) or everyone.rank not in ranks:
         raise ValueError(
             f"process_set has ranks {sorted(ranks)}, called on rank {everyone.rank} of {everyone.size}; "
@@ -109,7 +110,8 @@ class MpiReserve(Reserve):
 
     def __init__(self, known: spares.Spares, handle: int) -> None:
         self._spares, self._handle = known, handle
-        self.is_new = known.is_spare
+        assert known.number is not None, "it is a rank, or has been called"
+        self.is_new, self.shard = known.is_spare, (known.number, known.size)
 
     def summon(self, numbers: Sequence[int]) -> None:
         """See `Reserve.summon`."""
@@ -145,18 +147,6 @@ class MpiReserve(Reserve):
         merged, members = self._spares.join(self._handle)
         self._spares.has_changed = True
         return MpiCommunicator(merged, members, outlives_ranks=True, has_reserve=True)
-
-
-def shard_of(comm: Communicator) -> tuple[int, int]:
-    """Return this process's number among the ranks that `comm` began with, or will have joined, and how many."""
-    if comm.has_reserve and (known := spares.here()) is not None and known.number is not None:
-        return known.number, known.size
-    return comm.rank, comm.size
-
-
-def reserve(handle: int) -> Reserve | None:
-    """Return who can take the place of lost ranks, for the handle with that number; None where nobody can."""
-    return None if (known := spares.here()) is None else MpiReserve(known, handle)
 
 
 def _members(mpi: Any, part: Any, whole: Any, members: Sequence[int]) -> list[int]:
@@ -370,7 +360,8 @@ class MpiCommunicator(Communicator):
     Args:
         comm: the communicator.
         members: see `Communicator.members`; by default its ranks.
-        outlives_ranks, has_reserve: see `Communicator`.
+        outlives_ranks: see `Communicator.outlives_ranks`.
+        has_reserve: whether spares of the job can take the place of its lost ranks.
     """
 
     def __init__(
@@ -387,7 +378,7 @@ class MpiCommunicator(Communicator):
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
         self.members = tuple(range(comm.size) if members is None else members)
-        self.outlives_ranks, self.has_reserve = outlives_ranks, has_reserve
+        self.outlives_ranks, self._has_reserve = outlives_ranks, has_reserve
         self._pending: set[_MpiRequest] | None = set() if outlives_ranks else None
         self._hosts: list[int] | None = None
         self._parts: list[MpiCommunicator] = []
@@ -482,7 +473,7 @@ class MpiCommunicator(Communicator):
         with _noticing():
             left = self._comm.Shrink()
         _IN_USE.remove()
-        return MpiCommunicator(left, self._members_of(left), outlives_ranks=True, has_reserve=self.has_reserve)
+        return MpiCommunicator(left, self._members_of(left), outlives_ranks=True, has_reserve=self._has_reserve)
 
     def share(self, num_bytes: int) -> SharedMemory | None:
         """See `Communicator.share`."""
@@ -538,6 +529,11 @@ class MpiCommunicator(Communicator):
         if failures:
             logger.warning("the ranks of this host share no memory (%s): they send messages instead", failures[0])
         return None if failures else _Segments(segments)
+
+    def reserve(self, handle: int) -> Reserve | None:
+        """See `Communicator.reserve`."""
+        known = spares.here() if self._has_reserve else None
+        return None if known is None else MpiReserve(known, handle)
 
     def overlook_lost(self) -> None:
         """See `Communicator.overlook_lost`."""

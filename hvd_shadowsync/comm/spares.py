@@ -47,7 +47,8 @@ class Tag(IntEnum):
     READY = 3  # of a spare: its [handle] waits to be taken in, in the place of rank [number]
     GO = 4  # to a spare: its [handle] is taken in now, by those with the numbers [...]
     OUTCOME = 5  # to a spare: whether its [handle] was taken in [1 or 0]
-    DONE = 6  # of any: it comes to its end
+    JOINED = 6  # of a spare: it was taken in
+    DONE = 7  # of any: it comes to its end
 
 
 class Spares:
@@ -75,6 +76,7 @@ class Spares:
         self._ready: dict[int, dict[int, int]] = defaultdict(dict)
         self._go: dict[int, tuple[int, list[int]]] = {}
         self._outcomes: dict[int, bool] = {}
+        self._joined: set[int] = set()
         self._done: set[int] = set()
         self._sending: list[tuple[Any, bytes]] = []
         self._status = mpi.Status()
@@ -155,6 +157,8 @@ class Spares:
             self._go[values[0]] = source, values[1:]
         elif tag is Tag.OUTCOME:
             self._outcomes[values[0]] = bool(values[1])
+        elif tag is Tag.JOINED:
+            self._joined.add(source)
         elif tag is Tag.DONE:
             self._done.add(source)
 
@@ -252,10 +256,9 @@ class Spares:
         os.environ.update(names | {LOCAL_RANK_VARIABLE: local_rank, LOCAL_SIZE_VARIABLE: str(local_size)})
 
     def _is_over(self) -> bool:
-        """Whether nobody is left that trains, or is about to, but for this process."""
+        """Whether nobody is left that trains, and could take this process in."""
         gone = self._done | self._lost()
-        ranks = {seat for seat in self._seats if seat < self.size} | set(self._called)
-        return ranks - {self.me} <= gone
+        return {seat for seat in self._seats if seat < self.size} | self._joined <= gone
 
     def _watch(self) -> None:
         """End this process where it can join nobody any more, whatever its training thread is in."""
@@ -288,7 +291,9 @@ class Spares:
             between = self._mpi.COMM_SELF.Create_intercomm(0, self._pairs[first], 0, handle)
             merged = between.Merge(True)
         self._await_outcome(handle, math.inf)
-        self.has_joined = True
+        if not self.has_joined:
+            self.has_joined = True
+            self._say(self._others(), Tag.JOINED)
         return merged, [*members, self.number]
 
     @contextmanager

@@ -39,7 +39,7 @@ LAYERS = [
     ["warmup", "average", "ballot", "agree", "alike", "names", "health"],
     ["embedding"],
     ["reduction"],
-    ["captured", "staged"],
+    ["captured", "staged", "legacy"],
     ["rounds"],
     ["arguments", "shadow"],
     ["optimizer"],
@@ -54,6 +54,7 @@ WITHOUT_TORCH = [
     "errors",
     "checks",
     "comm.poll",
+    "comm.spares",
     "comm.tuning",
     "pacing",
     "metrics",
@@ -71,7 +72,7 @@ WITHOUT_TORCH = [
     *(short(module) for module in MODULES if part(module) == "capacity"),
 ]
 OPTIONAL = {
-    "mpi4py": {"comm.mpi", "__main__"},
+    "mpi4py": {"comm.mpi", "comm.spares", "__main__"},
     "horovod": {"torch", "__main__"},
     "fbgemm_gpu": {"embedding.kernels.fbgemm"},
     "matplotlib": {"capacity.plot"},
