@@ -355,6 +355,11 @@ class ShadowSync:
         return self._metrics.steps
 
     @property
+    def has_joined(self) -> bool:
+        """Whether this rank is one of those that synchronise; not yet, before its first step in a lost one's place."""
+        return not self._is_new or self._driver is not None
+
+    @property
     def is_closed(self) -> bool:
         """Whether `close()` was called."""
         return self._closed

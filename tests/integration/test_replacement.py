@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from launching import ONE_HOST, Outcome, find_mpi, launch
 
+from hvd_shadowsync import emulated
+from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.run import LOST_CODE
 
 PROGRAM = Path(__file__).parent / "programs" / "replacements.py"
@@ -25,11 +28,21 @@ def _possible() -> None:
         pytest.skip(f"needs Open MPI 5; {mpi.mpirun} is of {mpi.kind} {'.'.join(map(str, mpi.version))}")
 
 
-def run(ranks: int, respawn: int, folder: Path, *words: str, **options: Any) -> Outcome:
+@pytest.fixture
+def several_hosts() -> None:
+    try:
+        code = emulated.run(emulated.Network(2), [sys.executable, "-c", ""], os.environ)
+    except LaunchError as error:
+        pytest.skip(str(error))
+    assert code == 0
+
+
+def run(ranks: int, respawn: int, folder: Path, *words: str, hosts: int = 1, **options: Any) -> Outcome:
     """Run the job to its end; fail if it hung, or left processes behind."""
     command = [sys.executable, "-m", "hvd_shadowsync.run", "-np", str(ranks), "--fault-tolerant"]
     command += ["--respawn", str(respawn), *words, "python", str(PROGRAM), json.dumps(options)]
-    outcome = launch(command, folder / "job", timeout_s=TIMEOUT_S, environ=ONE_HOST)
+    environ = ONE_HOST if hosts == 1 else {}
+    outcome = launch(command, folder / "job", timeout_s=TIMEOUT_S, environ=environ)
     assert not outcome.verdict, outcome.verdict + outcome.text
     assert outcome.left_over == [], outcome.text
     return outcome
@@ -77,6 +90,15 @@ def test_a_lost_rank_is_replaced(ranks: int, victim: int, options: dict[str, Any
     assert joined["adam_steps"] >= joined["steps"], "its optimizer goes on where that of the first rank is"
     assert re.search(rf"WARNING rank {victim} is back, in another process; there are {ranks} ranks", outcome.errors)
     assert f"shadowrun: lost ranks: {victim}; {ranks} came to their end" in outcome.errors
+
+
+@pytest.mark.usefixtures("several_hosts")
+def test_a_rank_of_one_of_several_hosts_is_replaced_on_another(tmp_path: Path) -> None:
+    """Spares are on the last host."""
+    words = ("--emulated", "2")
+    outcome = run(4, 1, tmp_path, *words, hosts=2, faults={"0": 15}, replaced=1, width=50_000)
+    ended = require_ends(outcome, 4, new=1)
+    assert [each["shards"] for each in ended if each["new"]] == [[0, 4]]
 
 
 def test_several_are_replaced_even_the_one_that_took_another_in(tmp_path: Path) -> None:
