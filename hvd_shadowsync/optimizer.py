@@ -190,7 +190,7 @@ class ShadowSync:
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
         comm = mpi.world() if communicator is None else communicator.dup()
-        self._reserve = comm.reserve(self._number)
+        self._reserve = comm.reserve(self._number) if comm.size > 1 else None
         self._ranks = _survivors(comm, self._metrics.note_lost, self._reserve)
         self._shard, self._num_shards = (comm.rank, comm.size) if self._reserve is None else self._reserve.shard
         self._ranks.greet = self._greet if self._reserve is not None else None

@@ -18,7 +18,8 @@ from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.run import LOST_CODE
 
 PROGRAM = Path(__file__).parent / "programs" / "replacements.py"
-TIMEOUT_S = 100.0
+TIMEOUT_S = 180.0
+pytestmark = pytest.mark.timeout(200)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from parallel.programs.problem import Data, loss_of  # noqa: E402
 
 OPTIONS: dict[str, Any] = json.loads(sys.argv[1])
 ALGORITHMS = {"S-MA": ModelAveraging(), "S-EASGD": ElasticAveraging(), "S-BMUF": BMUF(block_momentum=0.2)}
-LEAST_STEPS, STEPS_AFTER, DEADLINE_S = 40, 20, 60.0
+LEAST_STEPS, STEPS_AFTER, DEADLINE_S = 40, 20, 120.0
 FAULTS = {int(rank): at for rank, at in OPTIONS.get("faults", {}).items()}
 NEW_FAULT = OPTIONS.get("new_faults", {}).get(str(known.me)) if known is not None and IS_NEW else None
 
@@ -84,6 +84,8 @@ class Training:
         loss_of(self.model, self.data.batch()).backward()
         self.optimizer.step()
         self.steps += 1
+        if self.steps % 500 == 0:
+            ranks.say("trains", str(self.steps))
         if IS_NEW and self.steps == 1:
             first = next(iter(self.optimizer.state.values()))
             self.joined = {"steps": self.sync.steps, "adam_steps": int(first["step"])}
