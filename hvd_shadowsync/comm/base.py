@@ -6,9 +6,10 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a spare rank waits without torch
+    from torch import Tensor
 
 
 class Request(Protocol):

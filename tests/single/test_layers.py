@@ -53,6 +53,8 @@ LAYERS = [
 WITHOUT_TORCH = [
     "errors",
     "checks",
+    "comm",
+    "comm.base",
     "comm.poll",
     "comm.spares",
     "comm.tuning",
@@ -151,6 +153,25 @@ def test_algorithms_know_no_threads_no_mpi_and_no_time(module: str) -> None:
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_these_modules_import_no_torch(name: str) -> None:
     assert "torch" not in outside(f"{PACKAGE}.{name}", everywhere=False)
+
+
+def test_a_spare_rank_waits_before_torch_is_imported() -> None:
+    program = """
+import sys, types
+class Refuse:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print("torch is imported")
+            sys.exit()
+sys.meta_path.insert(0, Refuse())
+spares = types.ModuleType("hvd_shadowsync.comm.spares")
+spares.begin = lambda: print("a spare would wait")
+sys.modules["hvd_shadowsync.comm.spares"] = spares
+import hvd_shadowsync
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "a spare would wait\ntorch is imported\n"
 
 
 def test_tensorboard_is_imported_where_it_is_needed() -> None:
