@@ -115,8 +115,9 @@ class Spares:
 
     def _make(self, base: Any) -> None:
         self.work, self._desk = base.Split(int(self.is_spare), self.me), base.Dup()
-        groups = self._desk.group, self._mpi.COMM_WORLD.group
-        self._seats: list[int] = self._mpi.Group.Translate_ranks(groups[0], list(range(base.size)), groups[1])
+        self._group = self._desk.group
+        world = self._mpi.COMM_WORLD.group
+        self._seats: list[int] = self._mpi.Group.Translate_ranks(self._group, list(range(base.size)), world)
         people = base.allgather((os.environ.get(LOCAL_RANK_VARIABLE, "0"), self._mpi.Get_processor_name()))
         self._people = dict(zip(self._seats, people, strict=True))
         spares = [seat for seat in self._seats if seat >= self.size]
@@ -185,11 +186,10 @@ class Spares:
     def _lost(self) -> set[int]:
         with self._lock:
             gone = self._desk.Get_failed()
-            return {self._seats[each] for each in self._places(gone)}
-
-    def _places(self, group: Any) -> list[int]:
-        places: list[int] = self._mpi.Group.Translate_ranks(group, list(range(group.size)), self._desk.group)
-        return places
+            places = self._mpi.Group.Translate_ranks(gone, list(range(gone.size)), self._group)
+            if gone != self._mpi.GROUP_EMPTY:
+                gone.Free()
+            return {self._seats[each] for each in places}
 
     # --- for ranks ----------------------------------------------------------------------------------------------------
 
