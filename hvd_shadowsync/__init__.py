@@ -1,10 +1,12 @@
 """ShadowSync for PyTorch: Horovod/MPI data parallelism whose synchronisation runs in the background."""
 
 from hvd_shadowsync import ending
+from hvd_shadowsync.comm import spares
 from hvd_shadowsync.comm.tuning import tune_environment
 
 tune_environment()
 ending.end_well()  # first, so that it comes after all else that is done at exit
+spares.begin()  # a spare rank waits here, with nothing of its script done
 
 from hvd_shadowsync import checkpoint, embedding  # noqa: E402
 from hvd_shadowsync.algorithms import BMUF, ElasticAveraging, ModelAveraging  # noqa: E402

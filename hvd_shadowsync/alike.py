@@ -25,6 +25,17 @@ def whole_model(replica: Replica, model: torch.nn.Module | None, *, buffers: boo
     return [Replica(replica.params), Replica([], frozen)]
 
 
+def bytes_everywhere(comm: Communicator, poller: Poller, own: bytes) -> bytes:
+    """Return the bytes of rank 0 on every rank (collective)."""
+    size = torch.tensor([len(own)], dtype=torch.int64)
+    poller.wait([comm.ibcast(size)])
+    content = torch.empty(int(size), dtype=torch.uint8)
+    if own:
+        content.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+    poller.wait([comm.ibcast(content)])
+    return content.numpy().tobytes()
+
+
 Values = list[tuple[Tensor, Tensor]]
 """Of each replica its flat vector and its integers."""
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from hvd_shadowsync import agent, ending, rank
+from hvd_shadowsync import agent, ending, rank, restarts
+from hvd_shadowsync.comm import spares
 from hvd_shadowsync.comm.tuning import MPI_DEFAULTS, missing_defaults
 
 Kind = Literal["openmpi", "mpich", "intelmpi"]
@@ -91,6 +92,8 @@ class Launch:
         threads: OMP_NUM_THREADS of every rank; None: the cores divided by the ranks of a host.
         horovodrun: path of horovodrun, to launch through it; None: plain mpirun.
         outlives_ranks: whether the job goes on when a rank is lost (Open MPI 5).
+        spares: ranks beyond `size` that wait to take the place of lost ones.
+        restarts: how often the job was started again so far; None: it is not, however it ends.
     """
 
     program: tuple[str, ...]
@@ -102,6 +105,8 @@ class Launch:
     threads: int | None = None
     horovodrun: str | None = None
     outlives_ranks: bool = False
+    spares: int = 0
+    restarts: int | None = None
 
     @property
     def num_hosts(self) -> int:
@@ -119,7 +124,7 @@ def build_command(launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
         _require_fault_tolerance(launch, mpi)
         launch = replace(launch, program=(sys.executable, str(Path(rank.__file__)), *launch.program))
         launch = replace(launch, mpirun_args=_with_agent(launch))
-    hosts = with_slots(launch.hosts, launch.size)
+    hosts = with_spares(with_slots(launch.hosts, launch.size), launch.size + launch.spares)
     additions = added_environment(launch, mpi, ranks_per_host(launch, hosts))
     if launch.horovodrun is not None:
         return [*_horovodrun(launch, mpi, hosts), *launch.program], additions
@@ -162,6 +167,14 @@ def with_slots(hosts: Sequence[Host], size: int) -> tuple[Host, ...]:
     return filled
 
 
+def with_spares(hosts: Sequence[Host], size: int) -> tuple[Host, ...]:
+    """Give the last host the slots that are missing for `size` ranks, spare ones included: they are the last ranks."""
+    missing = size - sum(host.slots or 0 for host in hosts)
+    if not hosts or missing <= 0:
+        return tuple(hosts)
+    return (*hosts[:-1], Host(hosts[-1].name, (hosts[-1].slots or 0) + missing))
+
+
 def allocate(hosts: Sequence[Host], size: int) -> list[tuple[str, int]]:
     """Fill the hosts in order with `size` ranks; return those that got any, with their number of ranks."""
     placed: list[tuple[str, int]] = []
@@ -197,6 +210,10 @@ def added_environment(launch: Launch, mpi: Mpi, local_size: int) -> dict[str, st
         additions.update(_path_to_mpirun(mpi, environ))
     if launch.outlives_ranks:
         additions[ending.VARIABLE] = "1"
+    if launch.spares:
+        additions[spares.VARIABLE] = str(launch.spares)
+    if launch.restarts is not None:
+        additions |= {ending.TRAINING_VARIABLE: "1", restarts.VARIABLE: str(launch.restarts)}
     return {**additions, **launch.env}
 
 
@@ -235,7 +252,7 @@ def _open_mpi(launch: Launch, mpi: Mpi, hosts: Sequence[Host], additions: Mappin
     root = ["--allow-run-as-root"] if launch.machine.root else []
     exports = [part for name in _exports(launch, additions) for part in ("-x", name)]
     placement = ["--host", _host_list(hosts)] if hosts else []
-    start = [mpi.mpirun, *root, *_fault_tolerance(launch), "-np", str(launch.size)]
+    start = [mpi.mpirun, *root, *_fault_tolerance(launch), "-np", str(launch.size + launch.spares)]
     return [*start, *placement, *_binding(launch), *exports, *launch.mpirun_args]
 
 

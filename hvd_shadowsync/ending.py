@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -19,11 +20,14 @@ from hvd_shadowsync import rank
 
 VARIABLE = "SHADOWRUN_WANTS_ENDINGS"
 """Set for ranks that are to say how they ended."""
+TRAINING_VARIABLE = "SHADOWRUN_WANTS_TRAINING"
+"""Set for ranks that are to say when they have come to their first training step."""
 RANK_VARIABLE = "OMPI_COMM_WORLD_RANK"
 SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 """The process that is a rank: programs that it starts have its environment, and import this as well, but are none."""
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
+TRAINS = re.compile(rb"hvd_shadowsync: training has begun\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
 ABORTS = re.compile(
     rb"^(?:hvd_shadowsync: rank \d+ ends the job: |prterun has exited due to process rank)", re.MULTILINE
@@ -31,7 +35,7 @@ ABORTS = re.compile(
 """A rank has ended the job, with our words or with Open MPI's."""
 HOST_AWAY = b"PRTE has lost communication with a remote daemon"
 """Open MPI ends the job for it, and exits with 0."""
-MARKS = (b"hvd_shadowsync: rank ", b"prterun has exited", HOST_AWAY)
+MARKS = (b"hvd_shadowsync: rank ", b"hvd_shadowsync: training", b"prterun has exited", HOST_AWAY)
 """How what is looked for begins."""
 
 FINALIZE_S = 5
@@ -40,6 +44,7 @@ UNNOTICED_S = 30
 """The same where no rank is known to be lost: one may be, since the others have ceased to look."""
 
 _LOST: set[int] = set()
+_HEARD = True
 
 
 def note_lost(ranks: Iterable[int]) -> list[int]:
@@ -49,11 +54,31 @@ def note_lost(ranks: Iterable[int]) -> list[int]:
     return new
 
 
+def is_speaker() -> bool:
+    """Whether this process is a rank that says how it ends."""
+    return os.environ.get(SPEAKER_VARIABLE) == str(os.getpid())
+
+
+def end_unheard(lost: Iterable[int]) -> None:
+    """Let this process, which has taken no part, end without a word to `shadowrun`; `lost` are ranks of the job."""
+    global _HEARD
+    _HEARD = False
+    note_lost(lost)
+
+
 def note_started() -> None:
     """Let the process that has started this one know that MPI is initialised, on all ranks, and `shadowrun` as well."""
-    if os.environ.get(SPEAKER_VARIABLE) == str(os.getpid()):
+    if is_speaker():
         _say(rank.STARTED)
         sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} has begun\n")
+        sys.stderr.flush()
+
+
+@functools.cache
+def note_training() -> None:
+    """Let `shadowrun` know, if it wants to, that a rank has come to its first training step."""
+    if os.environ.get(TRAINING_VARIABLE):
+        sys.stderr.write("hvd_shadowsync: training has begun\n")
         sys.stderr.flush()
 
 
@@ -67,13 +92,14 @@ def end_well() -> None:
 def _end(pid: int) -> None:
     if pid != os.getpid():  # forked from a rank
         return
-    is_speaker = os.environ.get(SPEAKER_VARIABLE) == str(pid)
-    if is_speaker:
+    speaks = is_speaker()
+    if speaks:
         _say(rank.ENDED)
+    if speaks and _HEARD:
         lost = " ".join(map(str, sorted(_LOST))) or "none"
         sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}\n")
         sys.stderr.flush()
-    if _LOST or is_speaker:
+    if _LOST or speaks:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(FINALIZE_S if _LOST else UNNOTICED_S)
 
@@ -91,10 +117,11 @@ class Endings:
     Attributes:
         ended, lost, begun: by rank of the job.
         never_began: a rank that had not begun, and its code.
+        trains: whether one has come to its first training step.
         aborts: whether one has ended the job.
         host_away: whether the launcher has ended the job as it cannot reach a host.
         overdue: whether the launcher had to be ended, when it had nothing left to wait for.
-        size: how many ranks there are.
+        size: how many ranks there are, with spare ones.
         begun_file: is made once a rank has begun; "": none.
     """
 
@@ -102,6 +129,7 @@ class Endings:
     lost: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
+    trains: bool = False
     aborts: bool = False
     host_away: bool = False
     overdue: bool = False
@@ -123,4 +151,7 @@ class Endings:
         self.aborts = self.aborts or ABORTS.search(text) is not None
         for number, code in NEVER_BEGAN.findall(text):
             self.never_began = self.never_began or (int(number), int(code))
-        return ENDED.sub(b"", BEGUN.sub(b"", NEVER_BEGAN.sub(b"", text)))
+        self.trains = self.trains or TRAINS.search(text) is not None
+        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS):
+            text = pattern.sub(b"", text)
+        return text

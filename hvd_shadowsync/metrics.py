@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 MERGED_BY_SUM = ("bytes_sent", "times_healed")
-MERGED_BY_MAX = ("rounds", "ranks_lost", "recovery_ms")
+MERGED_BY_MAX = ("rounds", "ranks_lost", "ranks_replaced", "recovery_ms")
 COUNTERS = ("steps", "rounds", "steps_at_last_round")
 """What a checkpoint keeps."""
 
@@ -40,7 +40,8 @@ class RoundMetrics:
     | pause_ms | longest pause between two looks at them; nan likewise |
     | searching | 1 while rounds still try what to choose for these three, 0 then |
     | times_healed | how often this rank's replica had NaN or infinity and took over the others' numbers |
-    | ranks_lost | ranks that were lost since the handle's construction, and that the others go on without |
+    | ranks_lost | ranks that were lost since the handle's construction, or since this one took a lost one's place |
+    | ranks_replaced | of those, how many were replaced (`shadowrun --respawn`); the others go on without the rest |
     | gap_wait_ms | how long training has waited at `max_sync_gap`, in all |
     | recovery_ms | how long it has taken, in all, to be without them |
     """
@@ -62,6 +63,7 @@ class RoundMetrics:
     searching: bool = False
     times_healed: int = 0
     ranks_lost: int = 0
+    ranks_replaced: int = 0
     gap_wait_s: float = 0.0
     recovery_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -88,14 +90,15 @@ class RoundMetrics:
                 "searching": float(self.searching),
                 "times_healed": self.times_healed,
                 "ranks_lost": self.ranks_lost,
+                "ranks_replaced": self.ranks_replaced,
                 "gap_wait_ms": 1000 * self.gap_wait_s,
                 "recovery_ms": 1000 * self.recovery_s,
             }
 
-    def note_lost(self, ranks_lost: int, recovery_s: float) -> None:
-        """Take note of how many ranks are lost by now, and of how long it has taken, in all, to be without them."""
+    def note_lost(self, lost: int, replaced: int, recovery_s: float) -> None:
+        """Take note of ranks lost by now, of those replaced, and of how long it has taken, in all, to go on."""
         with self.lock:
-            self.ranks_lost, self.recovery_s = ranks_lost, recovery_s
+            self.ranks_lost, self.ranks_replaced, self.recovery_s = lost, replaced, recovery_s
 
     def settle(self) -> None:
         """Find out what the last merge kept; not at the merge, which would wait for a GPU then."""

@@ -25,13 +25,15 @@ from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.checks import check_count, check_flag, choice
 from hvd_shadowsync.comm import mpi
 from hvd_shadowsync.comm.attendance import Attendance, Person
-from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.base import Communicator, Reserve
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
 from hvd_shadowsync.comm.whereabouts import START, WARMUP
 from hvd_shadowsync.embedding.sharded import join_all
+from hvd_shadowsync.ending import note_training
 from hvd_shadowsync.errors import CutOffError, ReplicaMismatchError, ShadowSyncError, StallError
 from hvd_shadowsync.health import forget_bad_state
+from hvd_shadowsync.legacy import TrainingState
 from hvd_shadowsync.metrics import RoundMetrics, merge
 from hvd_shadowsync.names import checked_names, name_state, name_tensors
 from hvd_shadowsync.pacing import Pacing
@@ -190,12 +192,16 @@ class ShadowSync:
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
         comm = mpi.world() if communicator is None else communicator.dup()
-        self._ranks = _survivors(comm, self._metrics.note_lost)
-        self._alone = self.size == 1
+        self._reserve = comm.reserve(self._number) if comm.size > 1 else None
+        self._ranks = _survivors(comm, self._metrics.note_lost, self._reserve)
+        self._shard, self._num_shards = (comm.rank, comm.size) if self._reserve is None else self._reserve.shard
+        self._ranks.greet = self._greet if self._reserve is not None else None
+        self._alone = self.size == 1 and not self._is_new
         arguments.check_dropping(self._stalls, self._ranks.comm)
         self._attendance: Attendance | None = None
         self._stalled: StallError | None = None
-        self._warmup = Warmup(self._ranks, self._poller, warmup_steps, sparse_as_dense=sparse_as_dense)
+        warmup = 0 if self._is_new else warmup_steps
+        self._warmup = Warmup(self._ranks, self._poller, warmup, sparse_as_dense=sparse_as_dense)
         self._groups = _group_sizes(optimizer)
         self._replica = self._make_replica()
         if not self._alone:
@@ -204,7 +210,7 @@ class ShadowSync:
             self._started = False
         self._attach()
         _OPEN[self._number] = self
-        if self._stalls.active and not self._alone:
+        if self._stalls.active and not self._alone and not self._is_new:
             self._attend()
 
     # --- what a user asks for -----------------------------------------------------------------------------------------
@@ -218,6 +224,19 @@ class ShadowSync:
     def size(self) -> int:
         """The number of ranks that synchronise; less than at first after ranks were lost."""
         return self._ranks.comm.size
+
+    @property
+    def shard(self) -> int:
+        """The number of the part of the data that is this rank's, from 0 on, of `num_shards`.
+
+        Its rank when the job began; that of the lost rank that it has taken the place of. It never changes.
+        """
+        return self._shard
+
+    @property
+    def num_shards(self) -> int:
+        """The number of ranks when the job began; it never changes."""
+        return self._num_shards
 
     def pause(self) -> None:
         """Begin no more rounds on this rank; the others train on, and their next round waits for `resume`."""
@@ -336,6 +355,11 @@ class ShadowSync:
     def steps(self) -> int:
         """Training steps of this rank, those before the checkpoint that was loaded included."""
         return self._metrics.steps
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether this rank is one of those that synchronise; not yet, before its first step in a lost one's place."""
+        return not self._is_new or self._driver is not None
 
     @property
     def is_closed(self) -> bool:
@@ -486,6 +510,7 @@ class ShadowSync:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._notice_new_parameters()
         self._get_ready(needed=True)
+        note_training()
         if self._warmup.left and not self._skip_average:
             if len(args) > 1 or kwargs.get("closure") is not None:
                 raise ValueError(
@@ -520,6 +545,7 @@ class ShadowSync:
                 self._driver.rounds.wanted_replica = self._replica
 
     def _count_step(self, *_: Any) -> None:
+        note_training()
         self._metrics.steps += 1
 
     def _require_own_parameters(self) -> None:
@@ -554,9 +580,20 @@ class ShadowSync:
 
     def _attend(self) -> None:
         """Begin to look who is missing (collective)."""
+        self._attend_to(*self._ranks.together(_roll))
+
+    def _greet(self, comm: Communicator) -> None:
+        """Take note of ranks that have joined (collective, on the thread that makes rounds)."""
+        self._ranks.hosts.update(comm.allgather_object((comm.members[comm.rank], platform.node())))
+        if self._stalls.active:
+            comm, people = _roll(comm)
+            if self._attendance is not None:
+                self._attendance.stop()
+            self._attend_to(comm, people)
+
+    def _attend_to(self, comm: Communicator, people: list[Person]) -> None:
         ranks, metrics, handle = self._ranks, self._metrics, weakref.ref(self)
         ranks.whereabouts.steps = lambda: metrics.steps
-        comm, people = ranks.together(_roll)
 
         def fail(error: StallError) -> None:
             if (still := handle()) is not None:
@@ -663,7 +700,7 @@ class ShadowSync:
             if self._warmup.steps:
                 self._start_alike()
             with self._ranks.whereabouts.waiting(START):
-                rounds = self._ranks.together(self._begin)
+                rounds = self._join() if self._is_new else self._ranks.together(self._begin)
             self._loaded = None
             self._driver = self._make_driver(rounds)
             self._driver.ending = self._ending
@@ -676,12 +713,35 @@ class ShadowSync:
         return self._driver
 
     def _begin(self, comm: Communicator) -> Rounds:
-        budget = self._pacing.cpu_budget
-        rounds = Rounds(
-            self._ranks, self._replica, self._options, self._metrics, self._poller, cpu_budget=budget
-        )  # fmt: skip
+        rounds = self._make_rounds()
         self._recall(rounds, comm)
         return rounds
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether this rank takes the place of a lost one; until its first step it does what it does for itself."""
+        return self._reserve is not None and self._reserve.is_new
+
+    def _join(self) -> Rounds:
+        """Wait for the others to take this rank in, in the place of a lost one, and go on as they do."""
+        assert self._reserve is not None, "it is new"
+        whereabouts, everyone = self._ranks.whereabouts, range(self._num_shards)
+        self._ranks = Survivors(self._reserve.join(), self._metrics.note_lost, self._reserve, everyone)
+        self._ranks.whereabouts, self._ranks.greet = whereabouts, self._greet
+        try:
+            return self._make_rounds(joins=True)
+        except Exception:
+            logger.exception("this rank cannot go on in the place of a lost one")
+            mpi.leave_job("it could not join")
+            raise
+
+    def _make_rounds(self, *, joins: bool = False) -> Rounds:
+        _, rest = whole_model(self._replica, self._model, buffers=True)
+        legacy = None if self._reserve is None else TrainingState(self.optimizer, rest)
+        return Rounds(
+            self._ranks, self._replica, self._options, self._metrics, self._poller,
+            cpu_budget=self._pacing.cpu_budget, legacy=legacy, joins=joins,
+        )  # fmt: skip
 
     def _begin_again(self, rounds: Rounds, comm: Communicator) -> None:
         rounds.begin(self._replica)
@@ -760,9 +820,9 @@ def _roll(comm: Communicator) -> tuple[Communicator, list[Person]]:
     return comm.dup(linked=False), comm.allgather_object(Person.here(comm.members[comm.rank]))
 
 
-def _survivors(comm: Communicator, on_loss: Callable[[int, float], None]) -> Survivors:
+def _survivors(comm: Communicator, on_change: Callable[[int, int, float], None], reserve: Reserve | None) -> Survivors:
     """Return the ranks of `comm` under the names that messages call them by (collective)."""
-    ranks = Survivors(comm, on_loss)
+    ranks = Survivors(comm, on_change, reserve)
     if comm.outlives_ranks:
         ranks.hosts = dict(ranks.together(_everyones((comm.members[comm.rank], platform.node()))))
     return ranks

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from hvd_shadowsync import ballot
 from hvd_shadowsync.algorithms import ElasticAveraging
 from hvd_shadowsync.algorithms.base import State, named, slices
+from hvd_shadowsync.alike import bytes_everywhere
 from hvd_shadowsync.ballot import Ballot, Intent, Verdict
 from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.comm.base import Communicator
@@ -27,7 +28,7 @@ from hvd_shadowsync.errors import RankLostError, ReplicaMismatchError, ShadowSyn
 from hvd_shadowsync.finite import all_finite
 from hvd_shadowsync.health import Health
 from hvd_shadowsync.metrics import RoundMetrics
-from hvd_shadowsync.reducers import ElasticCenter, ElasticInTurn, OwnerMean, gather_center
+from hvd_shadowsync.reducers import ElasticCenter, ElasticInTurn, OwnerMean, Reducer, gather_center
 from hvd_shadowsync.reducers.base import Fill, as_it_is
 from hvd_shadowsync.reduction import Reduction, RoundOptions
 from hvd_shadowsync.replica import Merge, Replica
@@ -44,6 +45,16 @@ VOTING = Poller(spin_s=0.0, growth=1.1)  # the others may be far from their vote
 
 Errand = Callable[[Communicator], Any]
 """What all ranks do together in a collective call; once more, on those that are left, where a rank is lost in it."""
+
+
+class Legacy(Protocol):
+    """What a rank that takes a lost one's place gets besides the weights and what rounds remember of them."""
+
+    def give(self) -> bytes:
+        """Return what this rank has, while its training thread goes on; on the thread that makes rounds."""
+
+    def take(self, given: bytes) -> None:
+        """Have what another rank gave; on the training thread."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Rounds:
         poller: how to wait.
         cpu_budget: share of a core by which rounds are paced, None where they are not: the search for the best way to
             send reckons with it.
+        legacy: what a rank that takes a lost one's place gets besides.
+        joins: whether this is such a rank, which the others have just taken in: its weights become theirs.
     """
 
     def __init__(
@@ -84,10 +97,11 @@ class Rounds:
         poller: Poller,
         *,
         cpu_budget: float | None = None,
+        legacy: Legacy | None = None,
+        joins: bool = False,
     ) -> None:
+        self._legacy = legacy
         self._ranks, self._poller, self._options, self._metrics = ranks, poller, options, metrics
-        self._reduction = Reduction(ranks.comm, replica, options, metrics, poller)
-        self._mean = OwnerMean(ranks.comm, poller)
         self._cpu_budget = cpu_budget
         self._health = Health(ranks.comm.members[ranks.comm.rank], ranks.comm.size, metrics, options.max_distance)
         self._last_cost_s: float | None = None
@@ -100,6 +114,17 @@ class Rounds:
         self.lock = threading.Lock()
         self.most_spent_s = 0.0
         """CPU seconds of the rank that had spent most by this round's vote; 0 without a vote."""
+        self.replica = self.wanted_replica = replica
+        if joins:
+            self._owners: tuple[int, ...] = ()
+            self._reducer: Reducer = OwnerMean(ranks.comm, poller)
+            with self.lock:
+                ranks.join(self._reform)
+                replica.write(self._snapshot, self._integers)
+                self._health.note_good(self._metrics.steps)
+            return
+        self._reduction = Reduction(ranks.comm, replica, options, metrics, poller)
+        self._mean = OwnerMean(ranks.comm, poller)
         self.begin(replica)
 
     # --- what the rounds start from ---------------------------------------------------------------------------------
@@ -123,8 +148,8 @@ class Rounds:
             self._set_anchor(self._snapshot)
 
     def _allocate(self) -> None:
-        self._snapshot = self._reduction.snapshot_of(self.replica)
-        self._integers = self.replica.empty_integers()
+        self._snapshot: Tensor = self._reduction.snapshot_of(self.replica)
+        self._integers: Tensor = self.replica.empty_integers()
 
     def _set_anchor(self, anchor: Tensor) -> None:
         self._state = self._options.algorithm.init(anchor[: self.replica.num_weights])
@@ -157,11 +182,14 @@ class Rounds:
         return self._comm.outlives_ranks
 
     def check(self) -> None:
-        """Raise `RankLostError` if a rank is lost; for whoever waits between rounds."""
+        """Raise `RankLostError` if a rank is lost, or comes back; for whoever waits between rounds."""
         self._comm.check()
+        self._ranks.call_back()
 
     def go_on(self, lost: RankLostError) -> None:
-        """Go on with the ranks that are left (collective over them); no result is waiting to be merged.
+        """Go on with the ranks that are left, and with who takes the place of lost ones (collective over all of them).
+
+        No result is waiting to be merged.
 
         What rounds remember is made anew: the replicas' mean is the anchor, momentum is that of the first rank that is
         left, and so are the shards of an elastic center, but for lost ones. Live weights stay as they are.
@@ -180,12 +208,42 @@ class Rounds:
         self._mean = OwnerMean(comm, self._poller)
         self._allocate()
         self._take_snapshot()
+        if self._is_new:
+            self._state = self._options.algorithm.init(self._snapshot[: self.replica.num_weights])
         self._average(self._only_good((1.0,) * comm.size))
         self._poller.wait([comm.ibcast(tensor) for _, tensor in named(self._state)])
         self._rebase_state(self._snapshot)
-        if isinstance(self._reducer, ElasticCenter | ElasticInTurn):
-            gather_center(self._reducer, self._owners, comm, self._poller, self._snapshot)
+        owners = self._pass_on(comm)
+        if isinstance(self._options.algorithm, ElasticAveraging):
+            elastic = None if self._is_new else self._reducer
+            center = elastic.center if isinstance(elastic, ElasticCenter | ElasticInTurn) else None
+            gather_center(center, owners, comm, self._poller, self._snapshot)
         self._begin_reductions(self._snapshot)
+
+    @property
+    def _is_new(self) -> bool:
+        return self._comm.members[self._comm.rank] in self._ranks.new
+
+    def _pass_on(self, comm: Communicator) -> tuple[int, ...]:
+        """Give ranks that have just joined what the first one has; return whose the shards of the center are."""
+        if self._ranks.reserve is None:
+            return self._owners
+        everyones = comm.allgather_object((self._ranks.new, self._owners, self._metrics.counters(), self._fit()))
+        new, (_, owners, counters, fit) = set[int]().union(*(each[0] for each in everyones)), everyones[0]
+        if new and self._legacy is not None:
+            given = bytes_everywhere(comm, self._poller, self._legacy.give() if comm.rank == 0 else b"")
+            if self._is_new:
+                if fit != self._fit():
+                    raise ReplicaMismatchError(
+                        "this rank, in the place of a lost one, has other parameters than the others; build the same "
+                        "model and optimizer on every rank"
+                    )
+                self._metrics.restore(counters)
+                self._legacy.take(given)
+        return tuple(-1 if each in new else each for each in owners)
+
+    def _fit(self) -> int:
+        return self.replica.fingerprint
 
     # --- a round ----------------------------------------------------------------------------------------------------
 
@@ -205,6 +263,8 @@ class Rounds:
             ShadowSyncError: all replicas have NaN or infinity; raised on every rank.
         """
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
+        self._ranks.admits = intent is Intent.TRAIN
+        self._ranks.call_back()
         if self._meets(intent):
             spent_us, cost_us = round(1e6 * spent_s), round(1e6 * (self._last_cost_s or 0.0))
             own = Ballot(
@@ -346,7 +406,7 @@ class Rounds:
             ShadowSyncError: all have; raised on every rank.
         """
         bad = torch.empty(self._comm.size, dtype=torch.int64)
-        own = torch.tensor([self._examine_snapshot()], dtype=torch.int64)
+        own = torch.tensor([self._is_new or self._examine_snapshot()], dtype=torch.int64)
         self._poller.wait([self._comm.iallgather(own, bad)])
         if bool(bad.all()):
             raise self._health.nobody_is_left()
@@ -368,7 +428,7 @@ class Rounds:
 
     def _take_integers(self) -> None:
         self.replica.snapshot_integers(self._integers)
-        if self._integers.numel() and not self.serves:
+        if self._integers.numel() and not (self._options.algorithm.asynchronous and not self._options.foreground):
             self._poller.wait([self._comm.ibcast(self._integers)])
 
     def _weights_and_buffers(self, part: slice, values: Tensor) -> list[tuple[slice, Tensor]]:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,8 @@ from hvd_shadowsync import agent, emulated
 from hvd_shadowsync.command import FORWARDED_SIGNALS, Host, Kind, Launch, LaunchError, Machine, Mpi, build_command
 from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
 from hvd_shadowsync.ending import MARKS, Endings
+from hvd_shadowsync.restarts import VARIABLE as RESTARTS_VARIABLE
+from hvd_shadowsync.restarts import End, run_with_restarts
 
 VERSION_PATTERNS: Mapping[Kind, str] = {
     "openmpi": r"\((?:Open MPI|OpenRTE)\) (\d+(?:\.\d+)*)",
@@ -177,7 +180,11 @@ def parser() -> argparse.ArgumentParser:
     emulated.add_options(result)
     add("--horovod", action="store_true", help="launch through horovodrun --mpi instead of mpirun")
     add("--fault-tolerant", action="store_true", help="go on without ranks that are lost (Open MPI 5)")
+    add(
+        "--respawn", type=int, default=0, metavar="N", help="with --fault-tolerant: replace lost ranks, up to N of them"
+    )
     add("--strict", action="store_true", help=f"with --fault-tolerant: exit with {LOST_CODE} where ranks were lost")
+    add("--restarts", type=int, metavar="N", help="start the job again where it fails in training, up to N times")
     add("--mpirun-args", default="", metavar="ARGS", help="more arguments for mpirun, quoted as one")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="an environment variable for every rank")
     add("--threads", type=int, metavar="T", help="OMP_NUM_THREADS (default: cores of this machine / ranks per host)")
@@ -200,6 +207,15 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         raise LaunchError(f"--threads {options.threads} is less than 1; leave it out for cores / ranks per host")
     if options.strict and not options.fault_tolerant:
         raise LaunchError("--strict says how a job with --fault-tolerant exits; give both, or neither")
+    if options.respawn and options.size == 1:
+        raise LaunchError("--respawn needs another rank that takes the new one in; start at least 2 with -np")
+    if options.respawn < 0 or (options.respawn and not options.fault_tolerant):
+        raise LaunchError(
+            f"--respawn {options.respawn} says how many lost ranks of a job with --fault-tolerant are replaced; give "
+            "both, or neither"
+        )
+    if options.restarts is not None and options.restarts < 0:
+        raise LaunchError(f"--restarts {options.restarts} is less than 0; say how often the job may be started again")
     network = _network(options)
     if network is not None:
         machine = replace(machine, root=True)  # whoever the user is outside
@@ -213,6 +229,8 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
         threads=options.threads,
         horovodrun=find_horovodrun(machine.environ) if options.horovod else None,
         outlives_ranks=options.fault_tolerant,
+        spares=options.respawn,
+        restarts=0 if options.restarts else None,
     )
 
 
@@ -305,15 +323,21 @@ def _shown_word(word: str) -> str:
     return CREDENTIALS.sub(rf"\1{HIDDEN}@", shown)
 
 
-def supervise(command: Sequence[str], environ: Mapping[str, str], endings: Endings | None = None) -> int:
+def supervise(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    endings: Endings | None = None,
+    received: list[int] | None = None,
+) -> int:
     """Run `command` in a session of its own, pass signals on to all of it, and return its exit code when all has ended.
 
-    What ranks say of their ends goes into `endings`, where given, and nowhere else.
+    What ranks say of their ends goes into `endings`, where given, and nowhere else; signals that came are added to
+    `received`.
 
     horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
     MPICH's mpirun exits with 0 after a signal: the code is then the signal's.
     """
-    received: list[int] = []
+    received = [] if received is None else received
     child: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: object) -> None:
@@ -357,8 +381,9 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     """Copy the child's stderr until it ends.
 
     Where a rank has ended before it had begun, and none is heard to begin for a minute, the others wait for it in
-    MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that. Where all ranks that can be reached have ended mpirun may wait for a host that
-    cannot, for a quarter of an hour or for ever: it is ended as well.
+    MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that. Where all
+    ranks that can be reached have ended mpirun may wait for a host that cannot, for a quarter of an hour or for ever:
+    it is ended as well.
     """
     assert child.stderr is not None, "it is a pipe"
 
@@ -482,18 +507,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `shadowrun`: the job's exit code, 0 after --dry-run, 2 where the job cannot be started.
 
     This process becomes Open MPI's mpirun, so that its exit code and the signals that it gets are mpirun's own; the
-    other launchers, and jobs of several hosts or that outlive their ranks, are supervised instead (see `supervise`).
+    other launchers, and jobs of several hosts, with restarts, or that outlive their ranks, are supervised instead (see
+    `supervise`).
     """
     try:
         options = parser().parse_args(arguments)
         launch = launch_from(options, this_machine())
         mpi = detect_mpi()
-        command, additions = build_command(launch, mpi)
-        network = _network(options)
-        if network is not None and mpi.kind != "openmpi":
-            raise LaunchError(f"--emulated needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
-        if network is not None:
-            command = emulated.wrapped(network, command)
+        command, additions = _command_of(options, launch, mpi)
     except LaunchError as error:
         print(f"shadowrun: {error}", file=sys.stderr)
         return 2
@@ -503,16 +524,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verbose:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
-    if launch.outlives_ranks:
-        with tempfile.TemporaryDirectory(prefix="shadowrun") as folder:
-            endings = Endings(size=launch.size, begun_file=str(Path(folder, "begun")))
-            code = supervise(command, {**environ, agent.BEGUN: endings.begun_file}, endings)
-        return _judge(code, launch.size, endings, strict=options.strict)
+    if launch.outlives_ranks or launch.restarts is not None:
+        attempt = partial(_attempt, command, environ, launch, strict=options.strict)
+        return run_with_restarts(attempt, options.restarts or 0)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     if launch.num_hosts > 1:
         return supervise(command, environ, Endings(size=launch.size))
     os.execvpe(command[0], command, environ)
+
+
+def _command_of(options: argparse.Namespace, launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
+    command, additions = build_command(launch, mpi)
+    if (network := _network(options)) is not None:
+        if mpi.kind != "openmpi":
+            raise LaunchError(f"--emulated needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
+        command = emulated.wrapped(network, command)
+    return command, additions
+
+
+def _attempt(command: Sequence[str], environ: Mapping[str, str], launch: Launch, number: int, *, strict: bool) -> End:
+    """Run the job, for the `number`-th time after the first, to its end."""
+    received: list[int] = []
+    if launch.restarts is not None:
+        environ = {**environ, RESTARTS_VARIABLE: str(number)}
+    with tempfile.TemporaryDirectory(prefix="shadowrun") as folder:
+        endings = Endings(size=launch.size + launch.spares, begun_file=str(Path(folder, "begun")))
+        code = supervise(command, {**environ, agent.BEGUN: endings.begun_file}, endings, received)
+    if not launch.outlives_ranks:
+        return End(code, bool(received), endings.trains)
+    code = _judge(code, launch.size, endings, strict=strict)
+    return End(code, bool(received), endings.trains, complete=code == LOST_CODE and strict and bool(endings.ended))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 from hvd_shadowsync import broadcast
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import mpi, spares
 from hvd_shadowsync.comm.tuning import tune_environment
 from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimizer
 from hvd_shadowsync.distributed import communicator_of
@@ -66,12 +66,18 @@ def is_initialized() -> bool:
 
 def rank() -> int:
     """Return the number of this process in the job; see `init`."""
-    return int(mpi.load_mpi().COMM_WORLD.rank if mpi.outlives_ranks() else _horovod.rank())
+    if not mpi.outlives_ranks():
+        return int(_horovod.rank())
+    known = spares.here()
+    return int(mpi.load_mpi().COMM_WORLD.rank if known is None or known.number is None else known.number)
 
 
 def size() -> int:
     """Return the number of processes that the job began with; see `init`."""
-    return int(mpi.load_mpi().COMM_WORLD.size if mpi.outlives_ranks() else _horovod.size())
+    if not mpi.outlives_ranks():
+        return int(_horovod.size())
+    known = spares.here()
+    return int(mpi.load_mpi().COMM_WORLD.size if known is None else known.size)
 
 
 def local_rank() -> int:

@@ -146,7 +146,8 @@ class Checkpointer:
             CheckpointError: a rank does not see what rank 0 sees, or the checkpoint does not fit the model; raised on
                 every rank.
         """
-        for stored in self._sync.gather(folders.stored_in(self._folder) if self._writes else [])[0]:
+        alone = not self._sync.has_joined  # a rank in the place of a lost one looks for itself
+        for stored in self._sync.gather(folders.stored_in(self._folder) if self._writes or alone else [])[0]:
             if self._is_good(stored):
                 extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
                 self.loaded = stored.path

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a spare rank waits without torch
+    from torch import Tensor
 
 
 class Request(Protocol):
@@ -36,6 +38,39 @@ class SharedMemory(Protocol):
 
     def fence(self) -> None:
         """Order this rank's reads and writes: those before come before those after, for all ranks."""
+
+
+class Reserve(ABC):
+    """Processes that take the place of lost ranks; for the one thread that uses a handle's communicator."""
+
+    is_new: bool
+    """Whether this process is one of them, and has to `join`."""
+    shard: tuple[int, int]
+    """The number of the rank that this process is, or takes the place of, and how many ranks there were at first."""
+
+    @abstractmethod
+    def summon(self, numbers: Sequence[int]) -> None:
+        """Have processes begin in the place of the lost `numbers`, where none does yet; the first rank calls this."""
+
+    @abstractmethod
+    def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
+        """Return a process that is ready to join, and in the place of which of `numbers`; None where there is none."""
+
+    @abstractmethod
+    def meet(self, comm: Communicator, spare: int) -> Any:
+        """Begin to take a process in, together with it (collective over `comm` and that process, blocking)."""
+
+    @abstractmethod
+    def merge(self, meeting: Any, comm: Communicator, number: int) -> Communicator:
+        """Return a communicator of the ranks of `comm` and, as its last rank, the process that is met (likewise)."""
+
+    @abstractmethod
+    def settle(self, spare: int, *, joined: bool) -> None:
+        """Let a process know whether it has joined: all ranks that were left say the same; if not, it ends."""
+
+    @abstractmethod
+    def join(self) -> Communicator:
+        """Wait until the others take this process in, and return the communicator; it ends where the job does."""
 
 
 class Communicator(ABC):
@@ -133,6 +168,10 @@ class Communicator(ABC):
 
         This one must have been revoked; it is not to be used, nor freed, afterwards.
         """
+
+    def reserve(self, handle: int) -> Reserve | None:
+        """Return who can take the place of lost ranks in the handle with that number; None for nobody."""
+        return None
 
     def overlook_lost(self) -> None:  # noqa: B027 (where ranks are not lost)
         """Let `probe` find messages of the ranks that are left, although it has raised `RankLostError`."""

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
+from hvd_shadowsync.comm.base import Communicator, Message, Request, Reserve, SharedMemory
+from hvd_shadowsync.comm.echo import EchoCommunicator
 from hvd_shadowsync.errors import RankLostError, TransportError
 
 T = TypeVar("T")
@@ -32,27 +33,36 @@ def run(
     timeout_s: float = BLOCKING_TIMEOUT_S,
     hosts: Sequence[int] | None = None,
     kill: Mapping[int, int] | None = None,
+    spares: int = 0,
 ) -> list[T]:
     """Run `program(communicator)` on `size` ranks, each a thread of this process; return the results by rank.
 
-    `hosts` and `kill` as for `world`; the result of a rank that was killed is None, whatever became of it.
+    `hosts` and `kill` as for `world`; the result of a rank that was killed is None, whatever became of it. So many
+    `spares` are more ranks, which run it only in the place of a lost one, with an `EchoCommunicator` then; their
+    results are the last ones, None where they did not.
 
     Raises:
         TransportError: a rank did not end within `timeout_s`; names it.
         Exception: the first error that a rank raised.
     """
     ranks = world(size, hosts, kill)
-    results: list[Any] = [None] * size
+    fate = ranks[0]._shared.fate
+    fate.spares = list(range(size, size + spares))
+    results: list[Any] = [None] * (size + spares)
     failures: list[tuple[int, BaseException]] = []
 
     def body(rank: int) -> None:
         try:
-            results[rank] = program(ranks[rank])
+            comm = ranks[rank] if rank < size else _called(fate, rank)
+            results[rank] = None if comm is None else program(comm)
         except BaseException as error:
-            if not ranks[rank].is_dead:
+            if rank not in fate.dead:
                 failures.append((rank, error))
+        finally:
+            fate.ended.add(rank)
 
-    threads = [threading.Thread(target=body, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(size)]
+    everyone = range(size + spares)
+    threads = [threading.Thread(target=body, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in everyone]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,6 +73,18 @@ def run(
     if hung:
         raise TransportError(f"still running after {timeout_s} s: {', '.join(hung)}")
     return results
+
+
+def _called(fate: _Fate, process: int) -> Communicator | None:
+    """Return what a spare's program begins with, once it is called; None where it is not."""
+    with fate.changed:
+        while process not in fate.called:
+            if fate.is_over:
+                return None
+            fate.changed.wait(LOOK_S)
+        number = fate.called[process]
+    reserve = LocalReserve(fate, process, number)
+    return EchoCommunicator(range(fate.size), lambda _: reserve, spans_processes=False)
 
 
 def world(
@@ -76,21 +98,35 @@ def world(
         kill: a rank and the number of the call, of whichever communicator, in which it is lost, from 1 on; given (even
             empty) the others go on (`outlives_ranks`), and `LocalCommunicator.die` may be called as well.
     """
-    shared = _Shared([0] * size if hosts is None else list(hosts), range(size), _Fate(kill))
+    shared = _Shared([0] * size if hosts is None else list(hosts), range(size), range(size), _Fate(kill, size))
     return [LocalCommunicator(shared, rank) for rank in range(size)]
 
 
 class _Fate:
-    """Which ranks of a world are dead, and which are to die, in which of their calls."""
+    """Which processes of a world are dead, and which are to die, in which of their calls; and who replaces them."""
 
-    def __init__(self, kill: Mapping[int, int] | None) -> None:
+    def __init__(self, kill: Mapping[int, int] | None, size: int) -> None:
+        self.size = size
+        self.changed = threading.Condition()
+        self.spares: list[int] = []
+        self.called: dict[int, int] = {}
+        self.ready: dict[int, int] = {}
+        self.merged: dict[int, _Shared] = {}
+        self.outcomes: dict[int, bool] = {}
+        self.ended: set[int] = set()
         self.outlives_ranks = kill is not None
         self.dead: set[int] = set()
         self._left = dict(kill or {})
         self._lock = threading.Lock()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is left that could take a spare in."""
+        joined = {process for process, done in self.outcomes.items() if done}
+        return set(range(self.size)) | joined <= self.dead | self.ended
+
     def count(self, member: int) -> None:
-        """Take note of a call of `member`: its last one?"""
+        """Take note of a call of the process `member`: its last one?"""
         if not self.outlives_ranks:
             return
         with self._lock:
@@ -124,8 +160,9 @@ class _Done:
 class _Shared:
     """What the ranks of one communicator have in common."""
 
-    def __init__(self, hosts: list[int], members: Sequence[int], fate: _Fate) -> None:
+    def __init__(self, hosts: list[int], members: Sequence[int], processes: Sequence[int], fate: _Fate) -> None:
         self.hosts, self.size, self.members, self.fate = hosts, len(hosts), tuple(members), fate
+        self.processes = tuple(processes)
         self.revoked = False
         self.agreements: dict[int, _Agreement] = {}
         self.changed = threading.Condition()
@@ -155,13 +192,22 @@ class _Shared:
             return self.parts.setdefault((number, color), self.of(members))
 
     def of(self, ranks: list[int]) -> _Shared:
-        return _Shared([self.hosts[rank] for rank in ranks], [self.members[rank] for rank in ranks], self.fate)
+        return _Shared(
+            [self.hosts[rank] for rank in ranks],
+            [self.members[rank] for rank in ranks],
+            [self.processes[rank] for rank in ranks],
+            self.fate,
+        )
+
+    def with_one_more(self, number: int, process: int) -> _Shared:
+        members, processes = (*self.members, number), (*self.processes, process)
+        return _Shared([*self.hosts, self.hosts[0]], members, processes, self.fate)
 
     def require_whole(self, waiting_for: set[int] | None = None) -> None:
         """Raise where the communicator is revoked, or one of the ranks that are waited for is dead."""
         if self.revoked:
             raise RankLostError("the communicator is revoked")
-        if dead := [rank for rank in waiting_for or () if self.members[rank] in self.fate.dead]:
+        if dead := [rank for rank in waiting_for or () if self.processes[rank] in self.fate.dead]:
             raise RankLostError(f"rank {dead[0]} is dead")
 
     def agree(self, number: int, rank: int, done: bool) -> _Agreement:
@@ -171,7 +217,7 @@ class _Shared:
             agreement.said[rank] = done
             deadline = time.monotonic() + BLOCKING_TIMEOUT_S
             while agreement.alive is None:
-                alive = [each for each in range(self.size) if self.members[each] not in self.fate.dead]
+                alive = [each for each in range(self.size) if self.processes[each] not in self.fate.dead]
                 if set(alive) <= set(agreement.said):
                     agreement.alive = alive
                     agreement.done = len(alive) == self.size and all(agreement.said.values())
@@ -242,6 +288,64 @@ class _Receive:
         return self.done
 
 
+class LocalReserve(Reserve):
+    """Threads that wait until they are a rank that replaces a lost one; one handle a world."""
+
+    def __init__(self, fate: _Fate, process: int, number: int) -> None:
+        self._fate, self._process = fate, process
+        self.is_new, self.shard = process >= fate.size, (number, fate.size)
+
+    def summon(self, numbers: Sequence[int]) -> None:
+        """See `Reserve.summon`."""
+        fate = self._fate
+        with fate.changed:
+            coming = {number for process, number in fate.called.items() if process not in fate.dead}
+            free = [each for each in fate.spares if each not in fate.dead and each not in fate.called]
+            fate.called |= dict(zip(free, [each for each in numbers if each not in coming], strict=False))
+            fate.changed.notify_all()
+
+    def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
+        """See `Reserve.candidate`."""
+        with self._fate.changed:
+            ready = sorted(self._fate.ready.items())
+        return next(((p, n) for p, n in ready if n in numbers and p not in self._fate.dead), None)
+
+    def meet(self, comm: Communicator, spare: int) -> Any:
+        """See `Reserve.meet`."""
+        comm.allgather_object(None)
+        self._fate.count(self._process)
+        return spare
+
+    def merge(self, meeting: Any, comm: Communicator, number: int) -> Communicator:
+        """See `Reserve.merge`."""
+        assert isinstance(comm, LocalCommunicator), "a world has one transport"
+        comm.allgather_object(None)
+        with self._fate.changed:
+            merged = self._fate.merged.setdefault(meeting, comm._shared.with_one_more(number, meeting))
+        return LocalCommunicator(merged, comm.rank)
+
+    def settle(self, spare: int, *, joined: bool) -> None:
+        """See `Reserve.settle`."""
+        with self._fate.changed:
+            self._fate.ready.pop(spare, None)
+            self._fate.outcomes.setdefault(spare, joined)
+            self._fate.changed.notify_all()
+
+    def join(self) -> Communicator:
+        """See `Reserve.join`; the thread ends, killed, where it cannot."""
+        fate, me = self._fate, self._process
+        with fate.changed:
+            fate.ready[me] = self.shard[0]
+            while me not in fate.outcomes and not fate.is_over:
+                fate.count(me)
+                fate.changed.wait(LOOK_S)
+            if not fate.outcomes.get(me, False):
+                fate.dead.add(me)
+            fate.count(me)
+            merged = fate.merged[me]
+        return LocalCommunicator(merged, merged.size - 1)
+
+
 class LocalCommunicator(Communicator):
     """One rank of an in-process world; collectives complete when the last rank has joined them."""
 
@@ -260,11 +364,11 @@ class LocalCommunicator(Communicator):
     @property
     def is_dead(self) -> bool:
         """Whether this rank was killed."""
-        return self._member in self._shared.fate.dead
+        return self._process in self._shared.fate.dead
 
     def die(self) -> None:
         """Let this rank be lost, as if its process were killed: its threads get `Killed` at their next calls."""
-        self._shared.fate.dead.add(self._member)
+        self._shared.fate.dead.add(self._process)
 
     def check(self) -> None:
         """See `Communicator.check`."""
@@ -378,13 +482,18 @@ class LocalCommunicator(Communicator):
             return None
         return self._part(self._shared.part(number, color, members), members.index(self.rank))
 
+    def reserve(self, handle: int) -> Reserve | None:
+        """See `Communicator.reserve`."""
+        fate = self._shared.fate
+        return LocalReserve(fate, self._process, self.members[self.rank]) if fate.spares else None
+
     def overlook_lost(self) -> None:
         """See `Communicator.overlook_lost`."""
         self._overlooks = True
 
     def kill(self, rank: int, pid: int) -> None:
         """See `Communicator.kill`; all ranks are of one process, which goes on."""
-        self._shared.fate.dead.add(self.members[rank])
+        self._shared.fate.dead.add(self._shared.processes[rank])
 
     def declare_lost(self, rank: int) -> bool:
         """See `Communicator.declare_lost`; one process, so all ranks take it for lost."""
@@ -407,11 +516,11 @@ class LocalCommunicator(Communicator):
         """See `Communicator.free`."""
 
     @property
-    def _member(self) -> int:
-        return self.members[self.rank]
+    def _process(self) -> int:
+        return self._shared.processes[self.rank]
 
     def _count(self) -> None:
-        self._shared.fate.count(self._member)
+        self._shared.fate.count(self._process)
 
     def _agreed(self, done: bool) -> _Agreement:
         self._count()

@@ -12,14 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm import memory, runtime, waiting
-from hvd_shadowsync.comm.base import Communicator, Message, Request, SharedMemory
+from hvd_shadowsync.comm import memory, runtime, spares, waiting
+from hvd_shadowsync.comm.base import Communicator, Message, Request, Reserve, SharedMemory
+from hvd_shadowsync.comm.echo import EchoCommunicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.ending import note_lost, note_started
 from hvd_shadowsync.errors import CutOffError, RankLostError, ShadowSyncError, TransportError
@@ -71,18 +73,28 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
     mpi = load_mpi()
     check_launch(mpi)
     everyone = mpi.COMM_WORLD
+    if (known := spares.here()) is not None:
+        if ranks is not None or known.has_changed:
+            raise TransportError(
+                "in a job with --respawn communicators are over all ranks, and there are no new ones once a rank was "
+                "replaced; make handles and broadcasts at the start, without a process_set"
+            )
+        if known.is_spare:
+            return EchoCommunicator(range(known.size), partial(MpiReserve, known))
     if ranks is None:
         if not outlives_ranks():
             return MpiCommunicator(everyone.Dup())
         with _noticing():
-            left = everyone.Shrink()  # a copy of the world, but for ranks that are lost already
+            # a copy of the world, but for spares and for ranks that are lost already
+            left = (everyone if known is None else known.work).Shrink()
         members = _members(mpi, left, everyone, range(everyone.size))
-        if gone := note_lost(set(range(everyone.size)) - set(members)):
+        size = everyone.size if known is None else known.size
+        if gone := note_lost(set(range(size)) - set(members)):
             logger.log(
                 logging.WARNING if left.rank == 0 else logging.INFO,
                 "lost rank %s before there was a handle; the other %d go on", ", ".join(map(str, gone)), left.size,
             )  # fmt: skip
-        return MpiCommunicator(left, members, outlives_ranks=True)
+        return MpiCommunicator(left, members, outlives_ranks=True, has_reserve=known is not None)
     if not set(ranks) <= set(range(everyone.size)) or everyone.rank not in ranks:
         raise ValueError(
             f"process_set has ranks {sorted(ranks)}, called on rank {everyone.rank} of {everyone.size}; "
@@ -91,6 +103,50 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
     group = everyone.group.Incl(list(ranks))
     with _noticing():
         return MpiCommunicator(everyone.Create_group(group), ranks, outlives_ranks=outlives_ranks())
+
+
+class MpiReserve(Reserve):
+    """The spares of an MPI job, for the handle with the number `handle`."""
+
+    def __init__(self, known: spares.Spares, handle: int) -> None:
+        self._spares, self._handle = known, handle
+        assert known.number is not None, "it is a rank, or has been called"
+        self.is_new, self.shard = known.is_spare, (known.number, known.size)
+
+    def summon(self, numbers: Sequence[int]) -> None:
+        """See `Reserve.summon`."""
+        self._spares.summon(numbers)
+
+    def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
+        """See `Reserve.candidate`."""
+        return self._spares.candidate(self._handle, numbers)
+
+    def meet(self, comm: Communicator, spare: int) -> Any:
+        """See `Reserve.meet`."""
+        assert isinstance(comm, MpiCommunicator), "a job has one transport"
+        with _noticing():
+            return self._spares.meet(comm._comm, self._handle, spare, comm.members)
+
+    def merge(self, meeting: Any, comm: Communicator, number: int) -> Communicator:
+        """See `Reserve.merge`."""
+        try:
+            with _noticing():
+                merged = meeting.Merge(False)
+        except RankLostError:
+            meeting.Revoke()
+            raise
+        return MpiCommunicator(merged, [*comm.members, number], outlives_ranks=True, has_reserve=True)
+
+    def settle(self, spare: int, *, joined: bool) -> None:
+        """See `Reserve.settle`."""
+        self._spares.has_changed |= joined
+        self._spares.tell(self._handle, spare, joined=joined)
+
+    def join(self) -> Communicator:
+        """See `Reserve.join`."""
+        merged, members = self._spares.join(self._handle)
+        self._spares.has_changed = True
+        return MpiCommunicator(merged, members, outlives_ranks=True, has_reserve=True)
 
 
 def _members(mpi: Any, part: Any, whole: Any, members: Sequence[int]) -> list[int]:
@@ -136,7 +192,8 @@ class _EndsJob:
             return
         if issubclass(kind, CutOffError):
             leave_job(f"uncaught {kind.__name__}")
-        if self.spares_others and not issubclass(kind, ShadowSyncError) and outlives_ranks():
+        is_alone = (known := spares.here()) is not None and known.is_spare and not known.has_joined
+        if is_alone or (self.spares_others and not issubclass(kind, ShadowSyncError) and outlives_ranks()):
             leave_job(f"uncaught {kind.__name__}")
         end_job(f"uncaught {kind.__name__}")
 
@@ -306,16 +363,24 @@ class MpiCommunicator(Communicator):
         comm: the communicator.
         members: see `Communicator.members`; by default its ranks.
         outlives_ranks: see `Communicator.outlives_ranks`.
+        has_reserve: whether spares of the job can take the place of its lost ranks.
     """
 
-    def __init__(self, comm: Any, members: Sequence[int] | None = None, *, outlives_ranks: bool = False) -> None:
+    def __init__(
+        self,
+        comm: Any,
+        members: Sequence[int] | None = None,
+        *,
+        outlives_ranks: bool = False,
+        has_reserve: bool = False,
+    ) -> None:
         self._mpi = load_mpi()
         self._comm = comm
         _IN_USE.add(self._mpi)
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
         self.members = tuple(range(comm.size) if members is None else members)
-        self.outlives_ranks = outlives_ranks
+        self.outlives_ranks, self._has_reserve = outlives_ranks, has_reserve
         self._pending: set[_MpiRequest] | None = set() if outlives_ranks else None
         self._hosts: list[int] | None = None
         self._parts: list[MpiCommunicator] = []
@@ -410,7 +475,7 @@ class MpiCommunicator(Communicator):
         with _noticing():
             left = self._comm.Shrink()
         _IN_USE.remove()
-        return MpiCommunicator(left, self._members_of(left), outlives_ranks=True)
+        return MpiCommunicator(left, self._members_of(left), outlives_ranks=True, has_reserve=self._has_reserve)
 
     def share(self, num_bytes: int) -> SharedMemory | None:
         """See `Communicator.share`."""
@@ -466,6 +531,11 @@ class MpiCommunicator(Communicator):
         if failures:
             logger.warning("the ranks of this host share no memory (%s): they send messages instead", failures[0])
         return None if failures else _Segments(segments)
+
+    def reserve(self, handle: int) -> Reserve | None:
+        """See `Communicator.reserve`."""
+        known = spares.here() if self._has_reserve else None
+        return None if known is None else MpiReserve(known, handle)
 
     def overlook_lost(self) -> None:
         """See `Communicator.overlook_lost`."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
-from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.comm.base import Communicator, Reserve
 from hvd_shadowsync.comm.whereabouts import CALL, RECOVERY, Whereabouts
 from hvd_shadowsync.ending import note_lost
 from hvd_shadowsync.errors import RankLostError, TransportError
@@ -26,14 +27,31 @@ class Survivors:
 
     Args:
         comm: over all ranks; freed by `free`.
-        on_loss: called after each loss, with the number of ranks lost so far and the seconds that it has taken, in all,
-            to be without them; in the thread that uses the communicator.
+        on_change: called after each loss, and each time that a lost rank was replaced, with the number of ranks lost so
+            far, of those replaced and the seconds that the former has taken, in all; in the thread that uses the
+            communicator.
+        reserve: who can take the place of lost ranks; None for nobody.
+        everyone: the numbers of all ranks of the job; default those of `comm`.
     """
 
-    def __init__(self, comm: Communicator, on_loss: Callable[[int, float], None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        on_change: Callable[[int, int, float], None] = lambda *_: None,
+        reserve: Reserve | None = None,
+        everyone: Sequence[int] | None = None,
+    ) -> None:
         self.comm = comm
-        self._on_loss = on_loss
-        self._everyone = comm.members
+        self.reserve = reserve
+        self.admits = False
+        """Whether this rank, if it is the first one, lets lost ranks be replaced now."""
+        self.greet: Callable[[Communicator], None] | None = None
+        """Called where ranks have joined, on all ranks together, a second time where one is lost meanwhile."""
+        self.new: set[int] = set()
+        """The numbers of the ranks that have joined and not begun yet, this one as well."""
+        self._on_change = on_change
+        self._everyone = tuple(comm.members if everyone is None else everyone)
+        self._num_lost = self._num_replaced = 0
         self._failed = False
         self._in_vain = 0
         self.hosts: dict[int, str] = {}
@@ -45,7 +63,7 @@ class Survivors:
 
     @property
     def lost(self) -> list[int]:
-        """The numbers of the ranks that were lost so far."""
+        """The numbers of the ranks that were lost so far, and not replaced."""
         return [number for number in self._everyone if number not in self.comm.members]
 
     def agreed(self, call: Callable[[Communicator], T]) -> T:
@@ -83,7 +101,70 @@ class Survivors:
         """Leave the lost ranks behind, then `begin(comm)` together on those that are left (collective over them)."""
         with self.whereabouts.waiting(RECOVERY):
             self._shrink()
-            return self.together(begin)
+            return self._with_the_new(begin)
+
+    def join(self, begin: Callable[[Communicator], T]) -> T:
+        """Begin as a rank that the others have just taken in (collective over all that are there)."""
+        self.new = {self.comm.members[self.comm.rank]}
+        return self._with_the_new(begin)
+
+    def call_back(self) -> None:
+        """On the first rank, see to it that lost ranks are replaced.
+
+        Raises:
+            RankLostError: one is ready to join, so all ranks have to `go_on`, with it.
+        """
+        if self.reserve is None or self.comm.rank or not self.admits or not self.lost:
+            return
+        self.reserve.summon(self.lost)
+        if self.reserve.candidate(self.lost) is not None:
+            self.comm.revoke()
+            raise RankLostError("a lost rank is replaced")
+
+    def _with_the_new(self, begin: Callable[[Communicator], T]) -> T:
+        while (found := self._to_take_in()) is not None:
+            self._take_in(*found)
+        begun = self.together(partial(self._begin, begin))
+        self.new = set()
+        return begun
+
+    def _begin(self, begin: Callable[[Communicator], T], comm: Communicator) -> T:
+        begun = begin(comm)
+        if self.new and self.greet is not None:
+            self.greet(comm)
+        return begun
+
+    def _to_take_in(self) -> tuple[int, int] | None:
+        """Return what the first rank says of who joins next: the process, and the number that it takes over."""
+        if (reserve := self.reserve) is None:
+            return None
+        found: tuple[int, int] | None = self.together(
+            lambda comm: comm.allgather_object(
+                reserve.candidate(self.lost) if self.admits and comm.rank == 0 else None,
+            )[0]
+        )  # fmt: skip
+        return found
+
+    def _take_in(self, spare: int, number: int) -> None:
+        reserve = self.reserve
+        assert reserve is not None, "it has found the process"
+        self._in_vain = 0
+        try:
+            meeting = self.agreed(lambda comm: reserve.meet(comm, spare))
+            grown = self.agreed(lambda comm: reserve.merge(meeting, comm, number))
+        except RankLostError:
+            reserve.settle(spare, joined=False)
+            self._shrink()
+            return
+        reserve.settle(spare, joined=True)
+        self.comm = grown
+        self.new.add(number)
+        self._num_replaced += 1
+        self._on_change(self._num_lost, self._num_replaced, self.recovery_s)
+        logger.log(
+            logging.WARNING if grown.rank == 0 else logging.INFO,
+            "rank %d is back, in another process; there are %d ranks", number, grown.size,
+        )  # fmt: skip
 
     def free(self) -> None:
         """Give the communicator back (collective)."""
@@ -104,8 +185,10 @@ class Survivors:
         took_s = time.monotonic() - begun
         self.recovery_s += took_s
         note_lost(self.lost)
-        self._on_loss(len(self.lost), self.recovery_s)
-        if gone := [self._name(number) for number in before if number not in self.comm.members]:
+        gone = [self._name(number) for number in before if number not in self.comm.members]
+        self._num_lost += len(gone)
+        self._on_change(self._num_lost, self._num_replaced, self.recovery_s)
+        if gone:
             logger.log(
                 logging.WARNING if self.comm.rank == 0 else logging.INFO,
                 "lost %s; the other %d go on (%.0f ms)", ", ".join(gone), self.comm.size, 1000 * took_s,

@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from hvd_shadowsync import agree
 from hvd_shadowsync.checks import check_count, check_flag, choice
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import mpi, spares
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
@@ -158,6 +158,7 @@ class ShardedEmbeddingBag(nn.Module):
             )
         self._include_last_offset = include_last_offset
         self._kernel = kernels.choose(kernel)
+        _refuse_if_new()
         comm = mpi.world() if communicator is None else communicator.dup()
         self._ranks, self.recover_from = Survivors(comm), recover_from
         plan = _plan_of(self.tables, plan, comm.size, optimizer)
@@ -685,6 +686,15 @@ def open_modules(owner: threading.Thread) -> list[ShardedEmbeddingBag]:
     """Return every open `ShardedEmbeddingBag` that the thread `owner` made, in order."""
     modules = [each for reference in _OPEN.valuerefs() if (each := reference()) is not None and each._owner is owner]
     return sorted(modules, key=lambda each: each._number)
+
+
+def _refuse_if_new() -> None:
+    """Raise where this process takes the place of a lost rank, whose rows are lost as well."""
+    if (known := spares.here()) is not None and known.is_spare:
+        raise EmbeddingError(
+            "this process takes the place of a lost rank (--respawn), whose rows of sharded tables are lost: start the "
+            "job again from its last checkpoint (shadowrun --restarts does)"
+        )
 
 
 def join_all(owner: threading.Thread) -> None:

@@ -139,12 +139,12 @@ def _exchanged(rule: Rule, center: Tensor, replica: Tensor) -> tuple[Tensor, Ten
 
 
 def gather_center(
-    reducer: ElasticCenter | ElasticInTurn, owners: Sequence[int], comm: Communicator, poller: Poller, out: Tensor
+    center: Tensor | None, owners: Sequence[int], comm: Communicator, poller: Poller, out: Tensor
 ) -> None:
     """Fill the shards of the center that are left into `out`, on every rank of `comm` (collective).
 
     Args:
-        reducer: with this rank's shard.
+        center: this rank's shard; None where it has none.
         owners: whose the shards are, by `Communicator.members`; those of ranks that are not in `comm` are lost.
         comm: over the ranks that are left.
         poller: how to wait.
@@ -155,7 +155,8 @@ def gather_center(
         if owner in comm.members:
             root, part = comm.members.index(owner), out[shards.of(place)]
             if root == comm.rank:
-                part.copy_(reducer.center)
+                assert center is not None, "it is an owner"
+                part.copy_(center)
             poller.wait([comm.ibcast(part, root)])
 
 

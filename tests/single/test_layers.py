@@ -31,7 +31,7 @@ def part(module: str) -> str:
 
 LAYERS = [
     ["rank", "agent"],
-    ["errors", "checks", "libraries", "gpus", "ending", "durable"],
+    ["errors", "checks", "libraries", "gpus", "ending", "durable", "restarts"],
     ["comm"],
     ["replica", "pacing", "metrics", "owned", "finite"],
     ["algorithms"],
@@ -39,7 +39,7 @@ LAYERS = [
     ["warmup", "average", "ballot", "agree", "alike", "names", "health"],
     ["embedding"],
     ["reduction"],
-    ["captured", "staged"],
+    ["captured", "staged", "legacy"],
     ["rounds"],
     ["arguments", "shadow"],
     ["optimizer"],
@@ -53,10 +53,14 @@ LAYERS = [
 WITHOUT_TORCH = [
     "errors",
     "checks",
+    "comm",
+    "comm.base",
     "comm.poll",
+    "comm.spares",
     "comm.tuning",
     "pacing",
     "metrics",
+    "restarts",
     "command",
     "emulated",
     "emulated.__main__",
@@ -70,7 +74,7 @@ WITHOUT_TORCH = [
     *(short(module) for module in MODULES if part(module) == "capacity"),
 ]
 OPTIONAL = {
-    "mpi4py": {"comm.mpi", "__main__"},
+    "mpi4py": {"comm.mpi", "comm.spares", "__main__"},
     "horovod": {"torch", "__main__"},
     "fbgemm_gpu": {"embedding.kernels.fbgemm"},
     "matplotlib": {"capacity.plot"},
@@ -149,6 +153,25 @@ def test_algorithms_know_no_threads_no_mpi_and_no_time(module: str) -> None:
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_these_modules_import_no_torch(name: str) -> None:
     assert "torch" not in outside(f"{PACKAGE}.{name}", everywhere=False)
+
+
+def test_a_spare_rank_waits_before_torch_is_imported() -> None:
+    program = """
+import sys, types
+class Refuse:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print("torch is imported")
+            sys.exit()
+sys.meta_path.insert(0, Refuse())
+spares = types.ModuleType("hvd_shadowsync.comm.spares")
+spares.begin = lambda: print("a spare would wait")
+sys.modules["hvd_shadowsync.comm.spares"] = spares
+import hvd_shadowsync
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "a spare would wait\ntorch is imported\n"
 
 
 def test_tensorboard_is_imported_where_it_is_needed() -> None:

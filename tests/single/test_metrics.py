@@ -32,6 +32,7 @@ KEYS = [
     "searching",
     "times_healed",
     "ranks_lost",
+    "ranks_replaced",
     "gap_wait_ms",
     "recovery_ms",
 ]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_shadowsync import agent, ending, rank, run
+from hvd_shadowsync import agent, ending, rank, restarts, run
+from hvd_shadowsync.comm import spares
 from hvd_shadowsync.command import Host, Launch, LaunchError, Machine, Mpi, allocate, build_command, with_slots
 from hvd_shadowsync.ending import Endings
 
@@ -178,6 +179,28 @@ def test_a_job_that_outlives_its_ranks_outlives_hosts_as_well(
     assert command[at - 1 : at + 2] == ["--prtemca", "plm_ssh_agent", ssh]
     alone, _ = build_command(replace(launch, hosts=()), OPEN_MPI_5)
     assert not {"oob_tcp_keepalive_time", "plm_ssh_agent"} & (set(alone) - set(mpirun_args))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "placed"),
+    [
+        ((), []),
+        (TWO_HOSTS, ["--host", "h0:2,h1:4"]),
+        ((Host("h0", 4), Host("h1", 2)), ["--host", "h0:4,h1:2"]),  # there is room for spares already
+        ((Host("h0"), Host("h1")), ["--host", "h0:2,h1:4"]),
+    ],
+)
+def test_spares_are_the_last_ranks(hosts: tuple[Host, ...], placed: list[str]) -> None:
+    command, additions = build_command(replace(PLAIN, outlives_ranks=True, spares=2, hosts=hosts), OPEN_MPI_5)
+    assert command[5 : 8 + len(placed)] == ["^han,cuda", "-np", "6", *placed]
+    assert additions[spares.VARIABLE] == "2"
+    assert f"-x {spares.VARIABLE}" in " ".join(command)
+    assert additions["OMP_NUM_THREADS"] == ("4" if hosts and hosts[0].slots != 4 else "2")
+
+
+def test_a_job_with_restarts_says_when_it_trains_and_knows_which_one_it_is() -> None:
+    _, additions = build_command(replace(PLAIN, restarts=0), MPICH)
+    assert (additions[ending.TRAINING_VARIABLE], additions[restarts.VARIABLE]) == ("1", "0")
 
 
 @pytest.mark.parametrize(
@@ -601,6 +624,10 @@ def test_forwards_signals_to_the_whole_group(executable: Executable, tmp_path: P
         (["-np", "2", "--env", "NOT_SET_HERE", "train"], ["NOT_SET_HERE", "NAME=VALUE"]),
         (["-np", "2", "--mpirun-args", "'open", "train"], ["quotes"]),
         (["-np", "2", "--wrong", "train"], ["--wrong", "--help"]),
+        (["-np", "2", "--respawn", "1", "train"], ["--respawn 1", "--fault-tolerant"]),
+        (["-np", "2", "--fault-tolerant", "--respawn", "-1", "train"], ["--respawn -1"]),
+        (["-np", "1", "--fault-tolerant", "--respawn", "1", "train"], ["at least 2"]),
+        (["-np", "2", "--restarts", "-1", "train"], ["--restarts -1"]),
         (["-np", "2", "--horovod", "train"], ["horovodrun", "pip install horovod"]),
     ],
 )
