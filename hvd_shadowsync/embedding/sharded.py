@@ -689,11 +689,11 @@ def open_modules(owner: threading.Thread) -> list[ShardedEmbeddingBag]:
 
 
 def _refuse_if_new() -> None:
-    """Raise where this process takes the place of a lost rank, whose rows are lost as well."""
+    """Raise where this process takes the place of a lost rank, whose rows others have taken over."""
     if (known := spares.here()) is not None and known.is_spare:
         raise EmbeddingError(
-            "this process takes the place of a lost rank (--respawn), whose rows of sharded tables are lost: start the "
-            "job again from its last checkpoint (shadowrun --restarts does)"
+            "this process takes the place of a lost rank (--respawn), which a rank with sharded tables has not: the ranks "
+            "that are left keep the rows, and go on without it; leave --respawn out, or use --restarts"
         )
 
 
