@@ -692,8 +692,8 @@ def _refuse_if_new() -> None:
     """Raise where this process takes the place of a lost rank, whose rows others have taken over."""
     if (known := spares.here()) is not None and known.is_spare:
         raise EmbeddingError(
-            "this process takes the place of a lost rank (--respawn), which a rank with sharded tables has not: the ranks "
-            "that are left keep the rows, and go on without it; leave --respawn out, or use --restarts"
+            "this process takes the place of a lost rank (--respawn), but those that are left have taken over its rows of "
+            "sharded tables, and go on without it; leave --respawn out, or use --restarts"
         )
 
 
