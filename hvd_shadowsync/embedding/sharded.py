@@ -692,7 +692,7 @@ def _refuse_if_new() -> None:
     """Raise where this process takes the place of a lost rank, whose rows others have taken over."""
     if (known := spares.here()) is not None and known.is_spare:
         raise EmbeddingError(
-            "this process takes the place of a lost rank (--respawn), but those that are left have taken over its rows of "
+            "this process takes the place of a lost rank (--respawn), but those that are left have its rows of "
             "sharded tables, and go on without it; leave --respawn out, or use --restarts"
         )
 
