@@ -461,7 +461,7 @@ class ShardedEmbeddingBag(nn.Module):
             try:
                 return call()
             except RankLostError:  # the serving thread goes on without it
-                self._worker.submit(lambda: self._together(lambda: self.group.comm.check())).result()
+                self._worker.submit(lambda: self._together(self._check)).result()
         return self._together(call)
 
     def _together(self, call: Callable[[], T], *, looks_up: bool = False) -> T:
@@ -485,6 +485,7 @@ class ShardedEmbeddingBag(nn.Module):
         """
         if not self.group.comm.outlives_ranks:
             raise lost
+        self._let_others_watch()
         while True:
             try:
                 serves = self._ranks.go_on(functools.partial(self._take_over, looks_up=looks_up))()
@@ -500,6 +501,19 @@ class ShardedEmbeddingBag(nn.Module):
                     "start the job again from its last checkpoint"
                 )
                 raise self._end from lost
+
+    def _let_others_watch(self) -> None:
+        """Let the other modules of the training thread, where this is that, notice losses by themselves from now on.
+
+        Ranks are a call apart: one may wait in its call of another module for this rank, which would not come there.
+        """
+        if threading.current_thread() is self._owner:
+            for module in open_modules(self._owner):
+                if module is not self and module.size > 1 and not module._serves:
+                    module._worker.watch(functools.partial(module._together, module._check))
+
+    def _check(self) -> None:
+        self.group.comm.check()
 
     def _take_over(self, comm: Communicator, *, looks_up: bool) -> Callable[[], bool]:
         """Get all ready; return what changes this object once all ranks are as far, and tells whether to serve."""

@@ -142,6 +142,7 @@ def enter(module: Sharded, call: str) -> Group:
     """
 
     def begin() -> tuple[Group, dict[int, Call]]:
+        module.wait()  # which may bring another group
         group = module.group
         return group, _meet(module, group, call)
 

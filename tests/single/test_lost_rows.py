@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from hvd_shadowsync import (
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files
+from hvd_shadowsync.embedding.exchange import Exchange
 from hvd_shadowsync.embedding.placement import Placement, Plan
 
 TABLES = [
@@ -469,3 +471,53 @@ def test_lost_parts_go_to_those_that_hold_least() -> None:
 def test_a_user_may_not_place_two_parts_on_a_rank() -> None:
     with pytest.raises(ValueError, match="ranks have to be different"):
         Plan.of(TABLES, 3, {**PLAN, "days": Placement("row-wise", (0, 1, 0))})
+
+
+# --- ranks that are a call apart --------------------------------------------------------------------------------------
+
+
+def lose_late(module: ShardedEmbeddingBag, is_lost: threading.Event) -> None:
+    """Let the next lookup come to its end on all ranks but this one, which hears in it that a rank `is_lost`."""
+    exchange = module._exchange
+    assert isinstance(exchange, Exchange)
+    look_up = exchange.lookup
+
+    def lookup(*arguments: Any, **more: Any) -> Any:
+        look_up(*arguments, **more)
+        exchange.traffic.lookups -= 1
+        assert is_lost.wait(TIMEOUT_S)
+        raise RankLostError("lost, on this rank alone")
+
+    exchange.lookup = lookup  # type: ignore[method-assign]
+
+
+@pytest.mark.leaves_threads
+def test_a_rank_that_waits_in_one_module_is_not_waited_for_in_another(
+    hosts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is through with the lookup of the first module when it hears of the loss, and rank 2 is not."""
+    monkeypatch.setattr(local, "BLOCKING_TIMEOUT_S", 5.0)
+    is_lost = threading.Event()
+
+    def program(comm: Communicator) -> int:
+        assert isinstance(comm, local.LocalCommunicator)
+        modules = [
+            ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, replication=2, output="dict")
+            for _ in range(2)
+        ]
+        if comm.rank == 2:
+            lose_late(modules[0], is_lost)
+        for step in range(3):
+            found = [modules[0](batch(comm.rank, step))]
+            if comm.rank == 1:
+                comm.die()
+                is_lost.set()
+            found.append(modules[1](batch(comm.rank, step)))
+            torch.stack([each.square().sum() for one in found for each in one.values()]).sum().backward()
+        for module in modules:
+            module.close()
+            assert module.metrics()["lookups"] == 3
+        return modules[0].size
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert [ended[0], ended[2]] == [2, 2]
