@@ -486,9 +486,10 @@ class ShardedEmbeddingBag(nn.Module):
         if not self.group.comm.outlives_ranks:
             raise lost
         self._let_others_watch()
+        serves = False
         while True:
             try:
-                serves = self._ranks.go_on(functools.partial(self._take_over, looks_up=looks_up))()
+                serves = self._ranks.go_on(functools.partial(self._take_over, looks_up=looks_up, served=serves))()
                 if serves and isinstance(self._exchange, Exchange):
                     self._exchange.serve_lookup(self._dtype)
                 return
@@ -515,14 +516,17 @@ class ShardedEmbeddingBag(nn.Module):
     def _check(self) -> None:
         self.group.comm.check()
 
-    def _take_over(self, comm: Communicator, *, looks_up: bool) -> Callable[[], bool]:
-        """Get all ready; return what changes this object once all ranks are as far, and tells whether to serve."""
+    def _take_over(self, comm: Communicator, *, looks_up: bool, served: bool) -> Callable[[], bool]:
+        """Get all ready; return what changes this object once all ranks are as far, and tells whether to serve.
+
+        With `served` another rank was lost while this one served a lookup, with which it is through itself.
+        """
         usable = None if self._replicas is None or self.shards.was_set else self._replicas.copies
         plan, shards = take_over(comm, self.group, usable, self.recover_from)
         replicas = self._make_replicas(comm, plan, shards, None)
         if replicas is not None:
             replicas.renew([True] * comm.size)
-        done = self._exchange.traffic.lookups
+        done = self._exchange.traffic.lookups + served
         everyone: list[tuple[int, bool]] = comm.allgather_object((done, looks_up and not self._serves))
         most = done if self._serves else max(each for each, _ in everyone)
         again = [late and each < most for each, late in everyone]

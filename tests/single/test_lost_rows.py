@@ -476,8 +476,11 @@ def test_a_user_may_not_place_two_parts_on_a_rank() -> None:
 # --- ranks that are a call apart --------------------------------------------------------------------------------------
 
 
-def lose_late(module: ShardedEmbeddingBag, is_lost: threading.Event) -> None:
-    """Let the next lookup come to its end on all ranks but this one, which hears in it that a rank `is_lost`."""
+def lose_late(module: ShardedEmbeddingBag, through: threading.Barrier) -> None:
+    """Let the next lookup come to its end on all ranks but this one, which hears then that a rank is lost.
+
+    The others say when they are `through` with it.
+    """
     exchange = module._exchange
     assert isinstance(exchange, Exchange)
     look_up = exchange.lookup
@@ -485,7 +488,7 @@ def lose_late(module: ShardedEmbeddingBag, is_lost: threading.Event) -> None:
     def lookup(*arguments: Any, **more: Any) -> Any:
         look_up(*arguments, **more)
         exchange.traffic.lookups -= 1
-        assert is_lost.wait(TIMEOUT_S)
+        through.wait(TIMEOUT_S)
         raise RankLostError("lost, on this rank alone")
 
     exchange.lookup = lookup  # type: ignore[method-assign]
@@ -497,7 +500,7 @@ def test_a_rank_that_waits_in_one_module_is_not_waited_for_in_another(
 ) -> None:
     """Rank 0 is through with the lookup of the first module when it hears of the loss, and rank 2 is not."""
     monkeypatch.setattr(local, "BLOCKING_TIMEOUT_S", 5.0)
-    is_lost = threading.Event()
+    through = threading.Barrier(3)
 
     def program(comm: Communicator) -> int:
         assert isinstance(comm, local.LocalCommunicator)
@@ -506,12 +509,13 @@ def test_a_rank_that_waits_in_one_module_is_not_waited_for_in_another(
             for _ in range(2)
         ]
         if comm.rank == 2:
-            lose_late(modules[0], is_lost)
+            lose_late(modules[0], through)
         for step in range(3):
             found = [modules[0](batch(comm.rank, step))]
             if comm.rank == 1:
                 comm.die()
-                is_lost.set()
+            if step == 0 and comm.rank != 2:
+                through.wait(TIMEOUT_S)
             found.append(modules[1](batch(comm.rank, step)))
             torch.stack([each.square().sum() for one in found for each in one.values()]).sum().backward()
         for module in modules:
@@ -521,3 +525,40 @@ def test_a_rank_that_waits_in_one_module_is_not_waited_for_in_another(
 
     ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
     assert [ended[0], ended[2]] == [2, 2]
+
+
+@pytest.mark.leaves_threads
+def test_another_rank_is_lost_while_a_lookup_is_made_once_more(hosts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 makes it once more, with ranks 0 and 3, and rank 3 is lost in it."""
+    through = threading.Barrier(4)
+    serve_lookup = Exchange.serve_lookup
+
+    def serve_or_die(self: Exchange, dtype: torch.dtype) -> None:
+        comm = self._comm
+        assert isinstance(comm, local.LocalCommunicator)
+        if comm.members[comm.rank] == 3:
+            comm.die()
+        serve_lookup(self, dtype)
+
+    monkeypatch.setattr(Exchange, "serve_lookup", serve_or_die)
+
+    def program(comm: Communicator) -> dict[str, Tensor]:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.0), communicator=comm, replication=2)
+        if comm.rank == 2:
+            lose_late(module, through)
+        found = module(batch(comm.rank, 0))
+        if comm.rank == 1:
+            comm.die()
+        if comm.rank != 2:
+            through.wait(TIMEOUT_S)
+        found.sum().backward()
+        train(module, 2, first=1)
+        tables = whole(module)
+        assert module.size == 2
+        assert module.metrics()["lookups"] == 3
+        module.close()
+        return tables
+
+    ended = local.run(4, program, timeout_s=TIMEOUT_S, kill={})
+    assert all(each is not None for each in (ended[0], ended[2]))
