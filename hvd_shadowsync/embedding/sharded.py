@@ -448,7 +448,11 @@ class ShardedEmbeddingBag(nn.Module):
         self._together(lambda: self._exchange.update(lookup, gradient, trails=trails))
 
     def _serve(self, *, closing: bool) -> None:
-        self._together(lambda: self._exchange.serve(self._dtype, closing=closing))
+        self._together(lambda: self._exchange.serve(self._dtype, closing=closing, agree=self._agree))
+
+    def _agree(self) -> None:
+        """Raise `RankLostError` on all ranks that are left unless all have come here (collective)."""
+        self._ranks.agreed(lambda _: None)
 
     def _serve_some(self) -> bool:
         return self._together(lambda: isinstance(self._exchange, Served) and self._exchange.serve_some())

@@ -26,6 +26,7 @@ from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files
 from hvd_shadowsync.embedding.exchange import Exchange
+from hvd_shadowsync.embedding.meeting import Call, Meetings
 from hvd_shadowsync.embedding.placement import Placement, Plan
 
 TABLES = [
@@ -562,3 +563,43 @@ def test_another_rank_is_lost_while_a_lookup_is_made_once_more(hosts: str, monke
 
     ended = local.run(4, program, timeout_s=TIMEOUT_S, kill={})
     assert all(each is not None for each in (ended[0], ended[2]))
+
+
+@pytest.mark.parametrize("ends", [Call.JOIN, Call.CLOSE], ids=["join", "close"])
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_no_rank_leaves_a_meeting_that_another_has_lost_a_rank_in(
+    hosts: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ends: Call, saved: Path
+) -> None:
+    """The last of `join()`, or of `close()`: rank 0 is through with it, and rank 2 is not."""
+    monkeypatch.setattr(local, "BLOCKING_TIMEOUT_S", 5.0)
+    is_lost = threading.Event()
+    meet = Meetings.meet
+
+    def meet_or_lose(self: Meetings, call: Call, *arguments: Any, **more: Any) -> Any:
+        words = meet(self, call, *arguments, **more)
+        comm = self._comm
+        assert isinstance(comm, local.LocalCommunicator)
+        if comm.size == 3 and all(word.call == ends for word in words):
+            if comm.rank == 1:
+                comm.die()
+                is_lost.set()
+            elif comm.rank == 2:
+                assert is_lost.wait(TIMEOUT_S)
+                raise RankLostError("lost, on this rank alone")
+        return words
+
+    monkeypatch.setattr(Meetings, "meet", meet_or_lose)
+
+    def program(comm: Communicator) -> int:
+        module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, recover_from=saved, **options)
+        for epoch in range(3):
+            train(module, 2 + module.rank, first=epoch)
+            module.join()
+        module.wait()
+        whole(module)
+        module.close()
+        return int(module.metrics()["lookups"])
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert ended[0] == ended[2] or options["mode"] == "served"
