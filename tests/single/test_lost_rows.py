@@ -451,6 +451,33 @@ def test_other_numbers_of_copies_are_refused(options: dict[str, Any], message: s
         ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=local.world(1)[0], **options)
 
 
+@pytest.mark.parametrize("replication", [1, 2])
+@pytest.mark.leaves_threads
+def test_a_rank_without_rows_takes_them_over_in_their_dtype(saved: Path, replication: int) -> None:
+    plan = {table.name: Placement("table-wise", (index % 2,)) for index, table in enumerate(TABLES)}
+
+    def program(comm: Communicator) -> dict[str, Tensor]:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(
+            TABLES, plan, SGD(lr=0.0), dtype=torch.float64, communicator=comm, recover_from=saved,
+            replication=replication,
+        ).cpu()  # fmt: skip
+        files.load(saved, module)
+        train(module, 1)
+        if comm.rank == 1:
+            comm.die()
+        train(module, 2)
+        assert {module.shards[index].weight.dtype for index in range(len(module.shards))} == {torch.float64}
+        tables = whole(module)
+        module.close()
+        return tables
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    for name, weight in weights().items():
+        assert ended[2] is not None
+        torch.testing.assert_close(ended[2][f"{name}/weight"], weight.double(), rtol=0, atol=0)
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
