@@ -525,7 +525,7 @@ class ShardedEmbeddingBag(nn.Module):
 
         With `served` another rank was lost while this one served a lookup, with which it is through itself.
         """
-        usable = None if self._replicas is None or self.shards.was_set else self._replicas.copies
+        usable = None if self._replicas is None else self._replicas.usable
         plan, shards = take_over(comm, self.group, usable, self.recover_from)
         replicas = self._make_replicas(comm, plan, shards, None)
         if replicas is not None:

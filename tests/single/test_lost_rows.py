@@ -24,7 +24,7 @@ from hvd_shadowsync import (
 )
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
-from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files
+from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files, replicas
 from hvd_shadowsync.embedding.exchange import Exchange
 from hvd_shadowsync.embedding.meeting import Call, Meetings
 from hvd_shadowsync.embedding.placement import Placement, Plan
@@ -406,6 +406,35 @@ def test_rows_that_were_loaded_are_copied_at_the_next_lookup() -> None:
     ended = local.run(3, lambda comm: program(comm, False), timeout_s=TIMEOUT_S, kill={})
     assert [ended[0], ended[2]] == ["copied"] * 2
     ended = local.run(3, lambda comm: program(comm, True), timeout_s=TIMEOUT_S, kill={})
+    assert all("no checkpoint is known that has them" in each for each in (ended[0], ended[2]))
+
+
+@pytest.mark.leaves_threads
+def test_a_copy_of_which_a_part_has_come_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 alone has loaded rows, and is lost while it sends them."""
+
+    def program(comm: Communicator) -> str:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, Adagrad(lr=0.0), communicator=comm, replication=2)
+        train(module, 1)
+        if comm.rank == 1:
+            module.load_state_dict({name: torch.full_like(each, 5.0) for name, each in module.state_dict().items()})
+            isend, sent = module.group.comm.isend, []
+
+            def send_three(tensor: Tensor, dest: int, tag: int) -> Any:
+                sent.append(tag)
+                if sent.count(replicas.WHOLE_TAG) == 4:
+                    comm.die()
+                return isend(tensor, dest, tag)
+
+            monkeypatch.setattr(module.group.comm, "isend", send_three)
+        try:
+            train(module, 1)
+        except EmbeddingError as error:
+            return str(error)
+        return "a mixture"
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
     assert all("no checkpoint is known that has them" in each for each in (ended[0], ended[2]))
 
 
