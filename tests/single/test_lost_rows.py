@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from hvd_shadowsync import (
     ShadowSync,
     ShardedEmbeddingBag,
 )
+from hvd_shadowsync.checkpointing import tables
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files, replicas
@@ -321,6 +324,34 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(rows, weight, rtol=0, atol=0)
 
 
+def test_a_rank_that_takes_rows_over_while_it_writes_says_whose_it_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its group changes at every look."""
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    (folder / "request.json").write_text('{"generation": "0123456789ab"}')
+    written: list[list[int]] = []
+
+    class Bag:
+        looks = 0
+
+        @property
+        def group(self) -> Any:
+            self.looks += 1
+            return SimpleNamespace(comm=SimpleNamespace(members=list(range(1, 9 - self.looks)), rank=0))
+
+    def write_shards(path: Path, generation: str, module: Any, group: Any, **more: Any) -> list[Any]:
+        written.append(group.comm.members)
+        return []
+
+    monkeypatch.setattr(tables, "under_way", lambda *_: [folder])
+    monkeypatch.setattr(files, "write_shards", write_shards)
+    bags: Any = {"bags": Bag()}
+    tables.Tables(bags).answer(tmp_path, "job")
+    assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": written[0]}
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
@@ -497,9 +528,9 @@ def test_a_rank_without_rows_takes_them_over_in_their_dtype(saved: Path, replica
             comm.die()
         train(module, 2)
         assert {module.shards[index].weight.dtype for index in range(len(module.shards))} == {torch.float64}
-        tables = whole(module)
+        found = whole(module)
         module.close()
-        return tables
+        return found
 
     ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
     for name, weight in weights().items():
@@ -604,18 +635,18 @@ def test_another_rank_is_lost_while_a_lookup_is_made_once_more(hosts: str, monke
         module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.0), communicator=comm, replication=2)
         if comm.rank == 2:
             lose_late(module, through)
-        found = module(batch(comm.rank, 0))
+        vectors = module(batch(comm.rank, 0))
         if comm.rank == 1:
             comm.die()
         if comm.rank != 2:
             through.wait(TIMEOUT_S)
-        found.sum().backward()
+        vectors.sum().backward()
         train(module, 2, first=1)
-        tables = whole(module)
+        found = whole(module)
         assert module.size == 2
         assert module.metrics()["lookups"] == 3
         module.close()
-        return tables
+        return found
 
     ended = local.run(4, program, timeout_s=TIMEOUT_S, kill={})
     assert all(each is not None for each in (ended[0], ended[2]))
