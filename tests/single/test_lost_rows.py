@@ -27,10 +27,11 @@ from hvd_shadowsync import (
 from hvd_shadowsync.checkpointing import tables
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
-from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files, replicas
+from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files, recovery, replicas
 from hvd_shadowsync.embedding.exchange import Exchange
 from hvd_shadowsync.embedding.meeting import Call, Meetings
 from hvd_shadowsync.embedding.placement import Placement, Plan
+from hvd_shadowsync.embedding.saved import Saved
 
 TABLES = [
     EmbeddingTable("users", 50, 4, pooling="sum"),
@@ -240,9 +241,10 @@ def _raise() -> None:
         (None, "no checkpoint is known that has them"),
         (lambda: None, "no checkpoint has them yet"),
         (_raise, r"recover_from\(\) raised OSError\('no such file system'\)"),
+        (lambda: 5, "recover_from gives a int; let it give the folder of a checkpoint"),
         ("/nowhere", "there is no checkpoint /nowhere/index.json"),
     ],
-    ids=["none", "not yet", "raises", "missing"],
+    ids=["none", "not yet", "raises", "no folder", "missing"],
 )
 @pytest.mark.parametrize("options", MODES, ids=str)
 @pytest.mark.leaves_threads
@@ -268,6 +270,20 @@ def test_other_tables_are_not_taken(saved: Path, tmp_path: Path) -> None:
     ended = local.run(3, lambda comm: lost(comm, tmp_path / "other"), timeout_s=TIMEOUT_S, kill={})
     assert all("table 'users' is (50, 4), (51, 4) in" in str(each) for each in (ended[0], ended[2]))
     assert local.run(3, lambda comm: lost(comm, saved), timeout_s=TIMEOUT_S, kill={})[0] == "none"
+
+
+@pytest.mark.leaves_threads
+def test_other_checkpoints_of_the_same_name_are_not_mixed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on hosts whose folders are their own."""
+
+    class Own(Saved):
+        def fill_some(self, *arguments: Any) -> None:
+            super().fill_some(*arguments)
+            self.generation += threading.current_thread().name
+
+    monkeypatch.setattr(recovery, "Saved", Own)
+    ended = local.run(3, lambda comm: lost(comm, saved), timeout_s=TIMEOUT_S, kill={})
+    assert all("rank 0 and rank 2 find different checkpoints in" in str(each) for each in (ended[0], ended[2]))
 
 
 @pytest.mark.leaves_threads
