@@ -28,7 +28,7 @@ from hvd_shadowsync.embedding.placement import RowRange, Shard
 from hvd_shadowsync.embedding.saved import FORMAT, INDEX, OURS, VERSION, Saved
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.embedding.tables import EmbeddingTable
-from hvd_shadowsync.embedding.whole import agree, enter
+from hvd_shadowsync.embedding.whole import agree, enter, leave
 from hvd_shadowsync.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
     except CheckpointError:  # no rank has replaced the index
         _remove(folder, lambda found: found == generation)
         raise
+    leave(module, group)
     if group.comm.rank == 0:
         flush(folder)
         _remove(folder, lambda found: found != generation)
@@ -102,6 +103,7 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
     failure, _ = _trying(folder, lambda: reader.fill_all(module, group))
     group.shards.was_set = True
     agree(module, group, "load(): loaded", failure)
+    leave(module, group)
     if group.comm.rank == 0 and (anew := reader.without_state(module, group)):
         logger.warning("the optimizer's state begins anew for %s: %s has none that fits", ", ".join(anew), folder)
 

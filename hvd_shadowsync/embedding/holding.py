@@ -51,6 +51,9 @@ class Sharded(Protocol):
     def together(self, call: Callable[[], T]) -> T:
         """Do what all ranks do together; again where one is lost meanwhile."""
 
+    def all_are_through(self, group: Group) -> bool:
+        """Tell whether all ranks of `group` have come here."""
+
     def join(self) -> None:
         """Serve others."""
 

@@ -468,6 +468,19 @@ class ShardedEmbeddingBag(nn.Module):
                 self._worker.submit(lambda: self._together(self._check)).result()
         return self._together(call)
 
+    def all_are_through(self, group: Group) -> bool:
+        """Tell whether all ranks of `group` have come here, and none is lost meanwhile (collective; for `whole`)."""
+
+        def agree() -> bool:
+            try:
+                if self.group is group:
+                    self._agree()
+            except RankLostError:  # the next call goes on without it
+                return False
+            return self.group is group
+
+        return self._do(agree)
+
     def _together(self, call: Callable[[], T], *, looks_up: bool = False) -> T:
         """Do what all ranks do together, in the thread that exchanges; again where a rank is lost meanwhile.
 

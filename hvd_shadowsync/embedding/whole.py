@@ -30,7 +30,7 @@ from hvd_shadowsync.embedding.lost import cut_short
 from hvd_shadowsync.embedding.meeting import NAMES, SERVING, Call
 from hvd_shadowsync.embedding.placement import Plan, RowRange, Shard
 from hvd_shadowsync.embedding.tables import EmbeddingTable
-from hvd_shadowsync.errors import CheckpointError, EmbeddingError
+from hvd_shadowsync.errors import CheckpointError, EmbeddingError, RankLostError
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ def load_global_state_dict(module: Sharded, blocks: Iterable[Block] | Mapping[st
         failure = str(error) if isinstance(error, CheckpointError) else f"blocks ended in {error!r}"
     group.shards.was_set = True
     agree(module, group, "load_global_state_dict(): loaded", failure)
+    leave(module, group)
 
 
 # --- meeting ----------------------------------------------------------------------------------------------------------
@@ -165,6 +166,13 @@ def agree(module: Sharded, group: Group, call: str, failure: str | None, value: 
         if message is not None:
             raise CheckpointError(f"rank {rank}: {message}" if len(everyone) > 1 else message)
     return [each for _, each in everyone]
+
+
+def leave(module: Sharded, group: Group) -> None:
+    """End a call on all ranks: what was cut short on one of them is so on all (collective)."""
+    with cut_short(group.comm):
+        if not module.all_are_through(group):
+            raise RankLostError("lost in the last meeting, on another rank")
 
 
 def _require_all(module: Sharded, group: Group, call: str) -> None:
@@ -209,6 +217,7 @@ def _stream(module: Sharded, block_rows: int, state: bool, root: int | None) -> 
                     values = gathering.steps() if slot == STEPS else gathering.rows(slot, first, last)
                 if values is not None:
                     yield Block(table.name, slot, first, values)
+    leave(module, group)
 
 
 class _Gathering:

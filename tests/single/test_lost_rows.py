@@ -29,6 +29,8 @@ from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files, recovery, replicas
 from hvd_shadowsync.embedding.exchange import Exchange
+from hvd_shadowsync.embedding.holding import Group
+from hvd_shadowsync.embedding.lost import cut_short
 from hvd_shadowsync.embedding.meeting import Call, Meetings
 from hvd_shadowsync.embedding.placement import Placement, Plan
 from hvd_shadowsync.embedding.saved import Saved
@@ -706,3 +708,42 @@ def test_no_rank_leaves_a_meeting_that_another_has_lost_a_rank_in(
 
     ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
     assert ended[0] == ended[2] or options["mode"] == "served"
+
+
+@pytest.mark.parametrize("ends", ["save(): complete", "load(): loaded"], ids=["save", "load"])
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_a_call_that_is_cut_short_on_one_rank_is_so_on_all(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ends: str, saved: Path, tmp_path: Path
+) -> None:
+    """Rank 0 has come to its end, and rank 2 not quite."""
+    through = threading.Barrier(3)
+    agree = files.agree
+
+    def agree_or_lose(module: Any, group: Group, call: str, *arguments: Any) -> Any:
+        found = agree(module, group, call, *arguments)
+        comm = group.comm
+        assert isinstance(comm, local.LocalCommunicator)
+        if call == ends and comm.size == 3:
+            if comm.rank == 1:
+                comm.die()
+            through.wait(TIMEOUT_S)
+            if comm.rank == 2:
+                with cut_short(comm):
+                    raise RankLostError("lost, on this rank alone")
+        return found
+
+    monkeypatch.setattr(files, "agree", agree_or_lose)
+
+    def program(comm: Communicator) -> int:
+        module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, recover_from=saved, **options)
+        train(module, 2)
+        again(lambda: files.save(tmp_path / "tables", module))
+        again(lambda: files.load(tmp_path / "tables", module))
+        train(module, 2)
+        whole(module)
+        module.close()
+        return module.size
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert [ended[0], ended[2]] == [2, 2]
