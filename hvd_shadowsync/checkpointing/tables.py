@@ -61,7 +61,7 @@ class Tables:
         for name in self._modules:
             (draft.path / name).mkdir()
         write_whole(draft.path / REQUEST, json.dumps({"generation": generation}).encode())
-        own = self._write_own(draft.path, generation)
+        own = self._write_own(draft.path, generation, groups)
         everyone = {number: own if rank == comm.rank else {} for rank, number in enumerate(comm.members)}
         deadline = time.monotonic() + TIMEOUT_S
         while missing := [number for number, done in everyone.items() if not done]:
@@ -84,31 +84,29 @@ class Tables:
             if path.name in self._answered or not (path / REQUEST).exists():
                 continue
             self._answered.add(path.name)
+            groups = self._groups()
             try:
                 generation = json.loads((path / REQUEST).read_bytes())["generation"]
-                done = self._write_own(path, generation)
+                done = self._write_own(path, generation, groups)
             except (OSError, CheckpointError, SafetensorError) as error:
-                done = {"failure": str(error), "members": self._members()}
-            comm = next(iter(self._modules.values())).group.comm
+                done = {"failure": str(error), "members": _members(groups)}
+            comm = next(iter(groups.values())).comm
             write_whole(path / _name(comm.members[comm.rank]), json.dumps(done).encode())
 
-    def _write_own(self, path: Path, generation: str) -> Done:
+    def _write_own(self, path: Path, generation: str, groups: dict[str, Group]) -> Done:
+        """Write what this rank holds in `groups`: another thread may take over more meanwhile, in others."""
         tables, written = {}, {}
-        members = self._members()
-        for name, group in self._groups().items():
+        for name, group in groups.items():
             tables[name] = files.write_shards(
                 path / name, generation, self._modules[name], group, file_bytes=FILE_BYTES, look_at=_copied_if_finite
             )
             for file in files.files_of(tables[name]):
                 found = Written.of(path / name / file)
                 written[f"{name}/{file}"] = [found.num_bytes, found.sha256]
-        return {"tables": tables, "files": written, "members": members}
+        return {"tables": tables, "files": written, "members": _members(groups)}
 
     def _groups(self) -> dict[str, Group]:
         return {name: module.group for name, module in self._modules.items()}
-
-    def _members(self) -> dict[str, list[int]]:
-        return {name: list(group.comm.members) for name, group in self._groups().items()}
 
     def _bring_together(self, draft: Draft, generation: str, everyone: dict[int, Done]) -> None:
         for rank, done in everyone.items():
@@ -123,6 +121,10 @@ class Tables:
             )
             index = f"{name}/{INDEX}"
             draft.files[index] = Written.of(draft.path / index)
+
+
+def _members(groups: dict[str, Group]) -> dict[str, list[int]]:
+    return {name: list(group.comm.members) for name, group in groups.items()}
 
 
 def _name(rank: int) -> str:

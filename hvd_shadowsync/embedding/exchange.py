@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -126,15 +126,20 @@ class Exchange:
             self._serve(Call.LOOKUP, words, gradient.dtype)
         self._update(lookup, gradient, exponent, words)
 
-    def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
-        """Take part in what the others do, without a batch, until all are here, or all are closing (collective)."""
+    def serve(self, dtype: torch.dtype, *, closing: bool, agree: Callable[[], None]) -> None:
+        """Take part in what the others do, without a batch, until all are here, or all are closing (collective).
+
+        All `agree` that they have heard so of each other: a rank that is lost then may be lost to some of them alone.
+        """
         own = Call.CLOSE if closing else Call.JOIN
         while True:
             words = self._meet(own, about=len(self._begun))
             calls = {Call(word.call) for word in words if takes_part(word, words)}
             if calls:
                 self._serve(calls.pop(), words, dtype)
-            elif not closing or all(word.call == Call.CLOSE for word in words):
+                continue
+            agree()
+            if not closing or all(word.call == Call.CLOSE for word in words):
                 awaited = any(word.about for word in words)  # a rank may run backward through what it looked up yet
                 if closing or not awaited:
                     self._served.clear()

@@ -65,10 +65,10 @@ def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
         if group.comm.rank == 0:
             failure, _ = _trying(folder, lambda: write_index(folder, generation, module, everyone))
         agree(module, group, "save(): complete", failure)
-        leave(module, group)
     except CheckpointError:  # no rank has replaced the index
         _remove(folder, lambda found: found == generation)
         raise
+    leave(module, group)
     if group.comm.rank == 0:
         flush(folder)
         _remove(folder, lambda found: found != generation)

@@ -51,8 +51,8 @@ class Sharded(Protocol):
     def together(self, call: Callable[[], T]) -> T:
         """Do what all ranks do together; again where one is lost meanwhile."""
 
-    def settle(self, group: Group) -> None:
-        """Return on all ranks once all are here, or raise `RankLostError` on all that are left."""
+    def all_are_through(self, group: Group) -> bool:
+        """Tell whether all ranks of `group` have come here."""
 
     def join(self) -> None:
         """Serve others."""

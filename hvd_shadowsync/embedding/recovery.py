@@ -51,9 +51,11 @@ def take_over(comm: Communicator, before: Group, copies: Shards | None, source: 
         lost = [shard for shard in lost if shard.extent not in heirs]
     if lost:
         folder, failure = comm.allgather_object(_find(source) if comm.rank == 0 else None)[0]
+        generation = None
         if failure is None:
-            failure = _fill(folder, taken, [shard for shard in taken.owned if shard.extent not in kept], after)
-        _agree(comm, failure)
+            wanted = [shard for shard in taken.owned if shard.extent not in kept]
+            failure, generation = _fill(folder, taken, wanted, after)
+        _agree(comm, folder, failure, generation)
         if comm.rank == 0:
             _tell(lost, members, plan, str(folder))
     return after, taken
@@ -67,26 +69,36 @@ def _find(source: Source) -> tuple[Path | None, str | None]:
         return None, f"recover_from() raised {error!r}"
     if found is None:
         return None, "no checkpoint has them yet" if callable(source) else "no checkpoint is known that has them"
+    if not isinstance(found, (str, os.PathLike)):
+        return None, f"recover_from gives a {type(found).__name__}; let it give the folder of a checkpoint"
     return Path(found), None
 
 
-def _fill(folder: Path, taken: Shards, wanted: Sequence[Shard], plan: Plan) -> str | None:
-    """Read the rows of `wanted`; return what went wrong."""
+def _fill(folder: Path, taken: Shards, wanted: Sequence[Shard], plan: Plan) -> tuple[str | None, str | None]:
+    """Read the rows of `wanted`; return what went wrong, and which checkpoint it is."""
     try:
         saved = Saved(folder)
         saved.require_sizes(plan.tables)
         saved.fill_some(plan.tables, taken.rule, [each for each in of_shards(taken) if each.shard in wanted])
     except CheckpointError as error:
-        return str(error)
+        return str(error), None
     except (OSError, SafetensorError) as error:
-        return f"{folder} cannot be read ({error})"
-    return None
+        return f"{folder} cannot be read ({error})", None
+    return None, saved.generation
 
 
-def _agree(comm: Communicator, failure: str | None) -> None:
-    for rank, message in enumerate(comm.allgather_object(failure)):
+def _agree(comm: Communicator, folder: Path | None, failure: str | None, generation: str | None) -> None:
+    """Raise on every rank unless all have read the same checkpoint."""
+    everyone = comm.allgather_object((failure, generation))
+    for number, (message, _) in zip(comm.members, everyone, strict=True):
         if message is not None:
-            raise EmbeddingError(f"rank {comm.members[rank]}: {message}")
+            raise EmbeddingError(f"rank {number}: {message}")
+    for number, (_, theirs) in zip(comm.members, everyone, strict=True):
+        if theirs != everyone[0][1]:
+            raise EmbeddingError(
+                f"rank {comm.members[0]} and rank {number} find different checkpoints in {folder}, which all hosts "
+                "have to see"
+            )
 
 
 def _tell(lost: Sequence[Shard], members: Sequence[int], plan: Plan, where: str) -> None:

@@ -40,6 +40,7 @@ class Replicas:
     def __init__(self, comm: Communicator, poller: Poller, kernel: Kernel, shards: Shards, copies: Shards) -> None:
         self._comm, self._poller, self._kernel = comm, poller, kernel
         self._shards, self.copies = shards, copies
+        self._are_whole = True
         self._next, self._before = (comm.rank + 1) % comm.size, before(comm.rank, comm.size)
         self.bytes_sent = 0
 
@@ -47,6 +48,11 @@ class Replicas:
     def is_stale(self) -> bool:
         """Whether rows of this rank were set by other means than an update since they were last sent as a whole."""
         return self._shards.was_set
+
+    @property
+    def usable(self) -> Shards | None:
+        """The copies; None where they are not those of one moment, or of rows that were set since (as all ranks do)."""
+        return self.copies if self._are_whole and not self.is_stale else None
 
     def follow(self, gradients: Sequence[Sequence[Gradient]]) -> None:
         """Send the rows that an update of `gradients`, by shard, has changed, and take in the others' (collective)."""
@@ -68,8 +74,10 @@ class Replicas:
                 requests.append(self._comm.isend(block, self._next, WHOLE_TAG))
                 self.bytes_sent += block.nbytes
         if stale[self._before]:
+            self._are_whole = False
             requests += [self._comm.irecv(block, self._before, WHOLE_TAG) for block in _blocks(self.copies)]
         self._poller.wait(requests)
+        self._are_whole = True
         if stale[self._comm.rank]:
             self._shards.was_set = False
 

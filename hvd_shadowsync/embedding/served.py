@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -127,14 +128,18 @@ class Served:
     def leave_unused(self, lookup: Lookup) -> None:
         """See `Exchange.leave_unused`: nothing is to be done, since nobody waits for a gradient."""
 
-    def serve(self, dtype: torch.dtype, *, closing: bool) -> None:
-        """Serve until all ranks are closing (collective); nothing else: ranks that join serve anyway."""
+    def serve(self, dtype: torch.dtype, *, closing: bool, agree: Callable[[], None]) -> None:
+        """Serve until all ranks are closing (collective); nothing else: ranks that join serve anyway.
+
+        See `Exchange.serve` for `agree`.
+        """
         if closing:
             words: list[Word] = []
             while not words or any(word.call != Call.CLOSE for word in words):
                 words = self.meetings.meet(Call.CLOSE, meanwhile=self._service.serve)
             while not self._service.idle:
                 self._service.serve()
+            agree()
 
     def free(self) -> None:
         """Give the communicators back, when no thread serves any more (collective)."""

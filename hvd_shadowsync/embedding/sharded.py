@@ -455,7 +455,11 @@ class ShardedEmbeddingBag(nn.Module):
         self._together(lambda: self._exchange.update(lookup, gradient, trails=trails))
 
     def _serve(self, *, closing: bool) -> None:
-        self._together(lambda: self._exchange.serve(self._dtype, closing=closing))
+        self._together(lambda: self._exchange.serve(self._dtype, closing=closing, agree=self._agree))
+
+    def _agree(self) -> None:
+        """Raise `RankLostError` on all ranks that are left unless all have come here (collective)."""
+        self._ranks.agreed(lambda _: None)
 
     def _serve_some(self) -> bool:
         return self._together(lambda: isinstance(self._exchange, Served) and self._exchange.serve_some())
@@ -468,22 +472,21 @@ class ShardedEmbeddingBag(nn.Module):
             try:
                 return call()
             except RankLostError:  # the serving thread goes on without it
-                self._worker.submit(lambda: self._together(lambda: self.group.comm.check())).result()
+                self._worker.submit(lambda: self._together(self._check)).result()
         return self._together(call)
 
-    def settle(self, group: Group) -> None:
-        """Return on all ranks once all are here, or raise `RankLostError` on all; in the training thread."""
-        if (lost := self._do(lambda: self._settled(group))) is not None:
-            raise lost
+    def all_are_through(self, group: Group) -> bool:
+        """Tell whether all ranks of `group` have come here, and none is lost meanwhile (collective; for `whole`)."""
 
-    def _settled(self, group: Group) -> RankLostError | None:
-        if self.group is not group:
-            return RankLostError("ranks have gone on without one that was lost")
-        try:
-            self._ranks.agreed(lambda _: None)
-        except RankLostError as lost:
-            return lost
-        return None
+        def agree() -> bool:
+            try:
+                if self.group is group:
+                    self._agree()
+            except RankLostError:  # the next call goes on without it
+                return False
+            return self.group is group
+
+        return self._do(agree)
 
     def _together(self, call: Callable[[], T], *, looks_up: bool = False) -> T:
         """Do what all ranks do together, in the thread that exchanges; again where a rank is lost meanwhile.
@@ -506,9 +509,11 @@ class ShardedEmbeddingBag(nn.Module):
         """
         if not self.group.comm.outlives_ranks:
             raise lost
+        self._let_others_watch()
+        serves = False
         while True:
             try:
-                serves = self._ranks.go_on(functools.partial(self._take_over, looks_up=looks_up))()
+                serves = self._ranks.go_on(functools.partial(self._take_over, looks_up=looks_up, served=serves))()
                 if serves and isinstance(self._exchange, Exchange):
                     self._exchange.serve_lookup(self._dtype)
                 return
@@ -522,14 +527,30 @@ class ShardedEmbeddingBag(nn.Module):
                 )
                 raise self._end from lost
 
-    def _take_over(self, comm: Communicator, *, looks_up: bool) -> Callable[[], bool]:
-        """Get all ready; return what changes this object once all ranks are as far, and tells whether to serve."""
-        usable = None if self._replicas is None or self.shards.was_set else self._replicas.copies
+    def _let_others_watch(self) -> None:
+        """Let the other modules of the training thread, where this is that, notice losses by themselves from now on.
+
+        Ranks are a call apart: one may wait in its call of another module for this rank, which would not come there.
+        """
+        if threading.current_thread() is self._owner:
+            for module in open_modules(self._owner):
+                if module is not self and module.size > 1 and not module._serves:
+                    module._worker.watch(functools.partial(module._together, module._check))
+
+    def _check(self) -> None:
+        self.group.comm.check()
+
+    def _take_over(self, comm: Communicator, *, looks_up: bool, served: bool) -> Callable[[], bool]:
+        """Get all ready; return what changes this object once all ranks are as far, and tells whether to serve.
+
+        With `served` another rank was lost while this one served a lookup, with which it is through itself.
+        """
+        usable = None if self._replicas is None else self._replicas.usable
         plan, shards = take_over(comm, self.group, usable, self.recover_from)
         replicas = self._make_replicas(comm, plan, shards, None)
         if replicas is not None:
             replicas.renew([True] * comm.size)
-        done = self._exchange.traffic.lookups
+        done = self._exchange.traffic.lookups + served
         everyone: list[tuple[int, bool]] = comm.allgather_object((done, looks_up and not self._serves))
         most = done if self._serves else max(each for each, _ in everyone)
         again = [late and each < most for each, late in everyone]

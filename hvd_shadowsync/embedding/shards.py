@@ -102,7 +102,7 @@ class Shards(nn.Module):
             kernel.update(self.rule, step, updates)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shards:
-        wanted = fn(torch.empty(0, dtype=self[0].weight.dtype if len(self) else torch.float32)).dtype
+        wanted = fn(torch.empty(0, dtype=self.dtype)).dtype
         if wanted in ROW_DTYPES:
             self.dtype = wanted
             for index in range(len(self)):

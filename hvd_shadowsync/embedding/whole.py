@@ -30,7 +30,7 @@ from hvd_shadowsync.embedding.lost import cut_short
 from hvd_shadowsync.embedding.meeting import NAMES, SERVING, Call
 from hvd_shadowsync.embedding.placement import Plan, RowRange, Shard
 from hvd_shadowsync.embedding.tables import EmbeddingTable
-from hvd_shadowsync.errors import CheckpointError, EmbeddingError
+from hvd_shadowsync.errors import CheckpointError, EmbeddingError, RankLostError
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ def enter(module: Sharded, call: str) -> Group:
     """
 
     def begin() -> tuple[Group, dict[int, Call]]:
+        module.wait()  # which may bring another group
         group = module.group
         return group, _meet(module, group, call)
 
@@ -156,12 +157,6 @@ def enter(module: Sharded, call: str) -> Group:
     return group
 
 
-def leave(module: Sharded, group: Group) -> None:
-    """End a call that was begun with `enter`: on all ranks alike, in an error where one was lost meanwhile."""
-    with cut_short(group.comm):
-        module.settle(group)
-
-
 def agree(module: Sharded, group: Group, call: str, failure: str | None, value: Any = None) -> list[Any]:
     """Return every rank's `value`, or raise `CheckpointError` on every rank with the first failure (collective)."""
     _require_all(module, group, call)
@@ -171,6 +166,13 @@ def agree(module: Sharded, group: Group, call: str, failure: str | None, value: 
         if message is not None:
             raise CheckpointError(f"rank {rank}: {message}" if len(everyone) > 1 else message)
     return [each for _, each in everyone]
+
+
+def leave(module: Sharded, group: Group) -> None:
+    """End a call on all ranks: what was cut short on one of them is so on all (collective)."""
+    with cut_short(group.comm):
+        if not module.all_are_through(group):
+            raise RankLostError("lost in the last meeting, on another rank")
 
 
 def _require_all(module: Sharded, group: Group, call: str) -> None:

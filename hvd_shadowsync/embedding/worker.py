@@ -17,6 +17,7 @@ from hvd_shadowsync.comm.poll import Poller, sleep_on_time
 T = TypeVar("T")
 
 
+LOOK_S = 0.002
 AWAY = Poller(spin_s=0.0, eager=0, longest_s=0.0003)
 """Never without a pause: a thread that spins beside one that computes uses up its turn, and waits for the next."""
 
@@ -57,11 +58,26 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._last: Future[object] | None = None
         self._failure: BaseException | None = None
+        self._wanted = threading.Event()
         if meanwhile is not None:
             self._start()
 
     def submit(self, task: Callable[[], T]) -> Future[T]:
         """Have `task` done after those before it, without gradients being recorded."""
+        self._wanted.set()
+        return self._put(task)
+
+    def watch(self, look: Callable[[], object]) -> None:
+        """Have `look` done now and then, from when the tasks before it are done until the thread is wanted again."""
+
+        def watch() -> None:
+            while not self._wanted.wait(LOOK_S):
+                look()
+
+        self._wanted.clear()
+        self._put(watch)
+
+    def _put(self, task: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self._tasks.put((task, future))  # type: ignore[arg-type]
         self._last = future  # type: ignore[assignment]
@@ -71,6 +87,7 @@ class Worker:
 
     def wait(self) -> None:
         """Return when all tasks are done; raise what the first thing that failed raised."""
+        self._wanted.set()
         last, self._last = self._last, None
         if last is not None:
             last.result()
@@ -80,6 +97,7 @@ class Worker:
     def stop(self) -> None:
         """Let go of the thread, after the tasks that it has."""
         if self._thread is not None:
+            self._wanted.set()
             self._tasks.put(None)
             self._thread.join()
             self._thread = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +24,16 @@ from hvd_shadowsync import (
     ShadowSync,
     ShardedEmbeddingBag,
 )
+from hvd_shadowsync.checkpointing import tables
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
-from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files
+from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files, recovery, replicas
+from hvd_shadowsync.embedding.exchange import Exchange
+from hvd_shadowsync.embedding.holding import Group
+from hvd_shadowsync.embedding.lost import cut_short
+from hvd_shadowsync.embedding.meeting import Call, Meetings
 from hvd_shadowsync.embedding.placement import Placement, Plan
+from hvd_shadowsync.embedding.saved import Saved
 
 TABLES = [
     EmbeddingTable("users", 50, 4, pooling="sum"),
@@ -235,9 +243,10 @@ def _raise() -> None:
         (None, "no checkpoint is known that has them"),
         (lambda: None, "no checkpoint has them yet"),
         (_raise, r"recover_from\(\) raised OSError\('no such file system'\)"),
+        (lambda: 5, "recover_from gives a int; let it give the folder of a checkpoint"),
         ("/nowhere", "there is no checkpoint /nowhere/index.json"),
     ],
-    ids=["none", "not yet", "raises", "missing"],
+    ids=["none", "not yet", "raises", "no folder", "missing"],
 )
 @pytest.mark.parametrize("options", MODES, ids=str)
 @pytest.mark.leaves_threads
@@ -263,6 +272,20 @@ def test_other_tables_are_not_taken(saved: Path, tmp_path: Path) -> None:
     ended = local.run(3, lambda comm: lost(comm, tmp_path / "other"), timeout_s=TIMEOUT_S, kill={})
     assert all("table 'users' is (50, 4), (51, 4) in" in str(each) for each in (ended[0], ended[2]))
     assert local.run(3, lambda comm: lost(comm, saved), timeout_s=TIMEOUT_S, kill={})[0] == "none"
+
+
+@pytest.mark.leaves_threads
+def test_other_checkpoints_of_the_same_name_are_not_mixed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on hosts whose folders are their own."""
+
+    class Own(Saved):
+        def fill_some(self, *arguments: Any) -> None:
+            super().fill_some(*arguments)
+            self.generation += threading.current_thread().name
+
+    monkeypatch.setattr(recovery, "Saved", Own)
+    ended = local.run(3, lambda comm: lost(comm, saved), timeout_s=TIMEOUT_S, kill={})
+    assert all("rank 0 and rank 2 find different checkpoints in" in str(each) for each in (ended[0], ended[2]))
 
 
 @pytest.mark.leaves_threads
@@ -317,6 +340,34 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(ended[0][f"{name}/weight"], weight, rtol=0, atol=0)
         rows = torch.cat([values for _, values in files.read(newest / "model.pt.0", name)])
         torch.testing.assert_close(rows, weight, rtol=0, atol=0)
+
+
+def test_a_rank_that_takes_rows_over_while_it_writes_says_whose_it_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its group changes at every look."""
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    (folder / "request.json").write_text('{"generation": "0123456789ab"}')
+    written: list[list[int]] = []
+
+    class Bag:
+        looks = 0
+
+        @property
+        def group(self) -> Any:
+            self.looks += 1
+            return SimpleNamespace(comm=SimpleNamespace(members=list(range(1, 9 - self.looks)), rank=0))
+
+    def write_shards(path: Path, generation: str, module: Any, group: Any, **more: Any) -> list[Any]:
+        written.append(group.comm.members)
+        return []
+
+    monkeypatch.setattr(tables, "under_way", lambda *_: [folder])
+    monkeypatch.setattr(files, "write_shards", write_shards)
+    bags: Any = {"bags": Bag()}
+    tables.Tables(bags).answer(tmp_path, "job")
+    assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": written[0]}
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
@@ -408,6 +459,35 @@ def test_rows_that_were_loaded_are_copied_at_the_next_lookup() -> None:
 
 
 @pytest.mark.leaves_threads
+def test_a_copy_of_which_a_part_has_come_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 alone has loaded rows, and is lost while it sends them."""
+
+    def program(comm: Communicator) -> str:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, Adagrad(lr=0.0), communicator=comm, replication=2)
+        train(module, 1)
+        if comm.rank == 1:
+            module.load_state_dict({name: torch.full_like(each, 5.0) for name, each in module.state_dict().items()})
+            isend, sent = module.group.comm.isend, []
+
+            def send_three(tensor: Tensor, dest: int, tag: int) -> Any:
+                sent.append(tag)
+                if sent.count(replicas.WHOLE_TAG) == 4:
+                    comm.die()
+                return isend(tensor, dest, tag)
+
+            monkeypatch.setattr(module.group.comm, "isend", send_three)
+        try:
+            train(module, 1)
+        except EmbeddingError as error:
+            return str(error)
+        return "a mixture"
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert all("no checkpoint is known that has them" in each for each in (ended[0], ended[2]))
+
+
+@pytest.mark.leaves_threads
 def test_what_has_no_copy_left_comes_from_the_checkpoint(saved: Path) -> None:
     """Rank 2 has the copies of rank 1, and both are lost at once."""
     together = threading.Barrier(4)
@@ -453,6 +533,33 @@ def test_other_numbers_of_copies_are_refused(options: dict[str, Any], message: s
         ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=local.world(1)[0], **options)
 
 
+@pytest.mark.parametrize("replication", [1, 2])
+@pytest.mark.leaves_threads
+def test_a_rank_without_rows_takes_them_over_in_their_dtype(saved: Path, replication: int) -> None:
+    plan = {table.name: Placement("table-wise", (index % 2,)) for index, table in enumerate(TABLES)}
+
+    def program(comm: Communicator) -> dict[str, Tensor]:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(
+            TABLES, plan, SGD(lr=0.0), dtype=torch.float64, communicator=comm, recover_from=saved,
+            replication=replication,
+        ).cpu()  # fmt: skip
+        files.load(saved, module)
+        train(module, 1)
+        if comm.rank == 1:
+            comm.die()
+        train(module, 2)
+        assert {module.shards[index].weight.dtype for index in range(len(module.shards))} == {torch.float64}
+        found = whole(module)
+        module.close()
+        return found
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    for name, weight in weights().items():
+        assert ended[2] is not None
+        torch.testing.assert_close(ended[2][f"{name}/weight"], weight.double(), rtol=0, atol=0)
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
@@ -474,3 +581,173 @@ def test_lost_parts_go_to_those_that_hold_least() -> None:
 def test_a_user_may_not_place_two_parts_on_a_rank() -> None:
     with pytest.raises(ValueError, match="ranks have to be different"):
         Plan.of(TABLES, 3, {**PLAN, "days": Placement("row-wise", (0, 1, 0))})
+
+
+# --- ranks that are a call apart --------------------------------------------------------------------------------------
+
+
+def lose_late(module: ShardedEmbeddingBag, through: threading.Barrier) -> None:
+    """Let the next lookup come to its end on all ranks but this one, which hears then that a rank is lost.
+
+    The others say when they are `through` with it.
+    """
+    exchange = module._exchange
+    assert isinstance(exchange, Exchange)
+    look_up = exchange.lookup
+
+    def lookup(*arguments: Any, **more: Any) -> Any:
+        look_up(*arguments, **more)
+        exchange.traffic.lookups -= 1
+        through.wait(TIMEOUT_S)
+        raise RankLostError("lost, on this rank alone")
+
+    exchange.lookup = lookup  # type: ignore[method-assign]
+
+
+@pytest.mark.leaves_threads
+def test_a_rank_that_waits_in_one_module_is_not_waited_for_in_another(
+    hosts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is through with the lookup of the first module when it hears of the loss, and rank 2 is not."""
+    monkeypatch.setattr(local, "BLOCKING_TIMEOUT_S", 5.0)
+    through = threading.Barrier(3)
+
+    def program(comm: Communicator) -> int:
+        assert isinstance(comm, local.LocalCommunicator)
+        modules = [
+            ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, replication=2, output="dict")
+            for _ in range(2)
+        ]
+        if comm.rank == 2:
+            lose_late(modules[0], through)
+        for step in range(3):
+            found = [modules[0](batch(comm.rank, step))]
+            if comm.rank == 1:
+                comm.die()
+            if step == 0 and comm.rank != 2:
+                through.wait(TIMEOUT_S)
+            found.append(modules[1](batch(comm.rank, step)))
+            torch.stack([each.square().sum() for one in found for each in one.values()]).sum().backward()
+        for module in modules:
+            module.close()
+            assert module.metrics()["lookups"] == 3
+        return modules[0].size
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert [ended[0], ended[2]] == [2, 2]
+
+
+@pytest.mark.leaves_threads
+def test_another_rank_is_lost_while_a_lookup_is_made_once_more(hosts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 makes it once more, with ranks 0 and 3, and rank 3 is lost in it."""
+    through = threading.Barrier(4)
+    serve_lookup = Exchange.serve_lookup
+
+    def serve_or_die(self: Exchange, dtype: torch.dtype) -> None:
+        comm = self._comm
+        assert isinstance(comm, local.LocalCommunicator)
+        if comm.members[comm.rank] == 3:
+            comm.die()
+        serve_lookup(self, dtype)
+
+    monkeypatch.setattr(Exchange, "serve_lookup", serve_or_die)
+
+    def program(comm: Communicator) -> dict[str, Tensor]:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.0), communicator=comm, replication=2)
+        if comm.rank == 2:
+            lose_late(module, through)
+        vectors = module(batch(comm.rank, 0))
+        if comm.rank == 1:
+            comm.die()
+        if comm.rank != 2:
+            through.wait(TIMEOUT_S)
+        vectors.sum().backward()
+        train(module, 2, first=1)
+        found = whole(module)
+        assert module.size == 2
+        assert module.metrics()["lookups"] == 3
+        module.close()
+        return found
+
+    ended = local.run(4, program, timeout_s=TIMEOUT_S, kill={})
+    assert all(each is not None for each in (ended[0], ended[2]))
+
+
+@pytest.mark.parametrize("ends", [Call.JOIN, Call.CLOSE], ids=["join", "close"])
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_no_rank_leaves_a_meeting_that_another_has_lost_a_rank_in(
+    hosts: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ends: Call, saved: Path
+) -> None:
+    """The last of `join()`, or of `close()`: rank 0 is through with it, and rank 2 is not."""
+    monkeypatch.setattr(local, "BLOCKING_TIMEOUT_S", 5.0)
+    is_lost = threading.Event()
+    meet = Meetings.meet
+
+    def meet_or_lose(self: Meetings, call: Call, *arguments: Any, **more: Any) -> Any:
+        words = meet(self, call, *arguments, **more)
+        comm = self._comm
+        assert isinstance(comm, local.LocalCommunicator)
+        if comm.size == 3 and all(word.call == ends for word in words):
+            if comm.rank == 1:
+                comm.die()
+                is_lost.set()
+            elif comm.rank == 2:
+                assert is_lost.wait(TIMEOUT_S)
+                raise RankLostError("lost, on this rank alone")
+        return words
+
+    monkeypatch.setattr(Meetings, "meet", meet_or_lose)
+
+    def program(comm: Communicator) -> int:
+        module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, recover_from=saved, **options)
+        for epoch in range(3):
+            train(module, 2 + module.rank, first=epoch)
+            module.join()
+        module.wait()
+        whole(module)
+        module.close()
+        return int(module.metrics()["lookups"])
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert ended[0] == ended[2] or options["mode"] == "served"
+
+
+@pytest.mark.parametrize("ends", ["save(): complete", "load(): loaded"], ids=["save", "load"])
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.leaves_threads
+def test_a_call_that_is_cut_short_on_one_rank_is_so_on_all(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ends: str, saved: Path, tmp_path: Path
+) -> None:
+    """Rank 0 has come to its end, and rank 2 not quite."""
+    through = threading.Barrier(3)
+    agree = files.agree
+
+    def agree_or_lose(module: Any, group: Group, call: str, *arguments: Any) -> Any:
+        found = agree(module, group, call, *arguments)
+        comm = group.comm
+        assert isinstance(comm, local.LocalCommunicator)
+        if call == ends and comm.size == 3:
+            if comm.rank == 1:
+                comm.die()
+            through.wait(TIMEOUT_S)
+            if comm.rank == 2:
+                with cut_short(comm):
+                    raise RankLostError("lost, on this rank alone")
+        return found
+
+    monkeypatch.setattr(files, "agree", agree_or_lose)
+
+    def program(comm: Communicator) -> int:
+        module = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, recover_from=saved, **options)
+        train(module, 2)
+        again(lambda: files.save(tmp_path / "tables", module))
+        again(lambda: files.load(tmp_path / "tables", module))
+        train(module, 2)
+        whole(module)
+        module.close()
+        return module.size
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert [ended[0], ended[2]] == [2, 2]
