@@ -315,6 +315,7 @@ class _MpiRequest:
 
     def __init__(self, pending: set[_MpiRequest] | None, request: Any, *buffers: Any) -> None:
         self._request, self._buffers, self._pending = request, buffers, pending
+        self.thread = threading.get_ident()
         if pending is not None:
             pending.add(self)
 
@@ -444,15 +445,20 @@ class MpiCommunicator(Communicator):
                 self._comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG)
 
     def revoke(self) -> None:
-        """See `Communicator.revoke`; returns once nothing that is under way can write into memory of this rank."""
+        """See `Communicator.revoke`; returns once nothing that is under way can write into memory of this rank.
+
+        What another thread has begun it finds out about by itself: a request that was tested here would be complete
+        there. Its memory is kept.
+        """
         if self._pending is None or self._comm == self._mpi.COMM_NULL:
             return
         for part in self._parts:
             part.revoke()
         self._comm.Revoke()
         deadline = time.monotonic() + DRAIN_S
-        while self._pending and time.monotonic() < deadline:
-            for request in list(self._pending):
+        own = [each for each in list(self._pending) if each.thread == threading.get_ident()]
+        while self._pending.intersection(own) and time.monotonic() < deadline:
+            for request in self._pending.intersection(own):
                 try:
                     request.test()
                 except (RankLostError, self._mpi.Exception):
