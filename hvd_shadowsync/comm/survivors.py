@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MOST_IN_VAIN = 5
+IN_A_ROW_S = 60.0
+"""Failures that are farther apart than this are no sign of an MPI that is of no more use."""
 
 
 class Survivors:
@@ -53,7 +56,7 @@ class Survivors:
         self._everyone = tuple(comm.members if everyone is None else everyone)
         self._num_lost = self._num_replaced = 0
         self._failed = False
-        self._in_vain = 0
+        self._in_vain, self._shrunk_at_s = 0, -math.inf
         self.hosts: dict[int, str] = {}
         """The name of the host of each rank, by its number, for messages; whoever knows them sets it."""
         self.whereabouts = Whereabouts()
@@ -176,7 +179,9 @@ class Survivors:
         if not self._failed:
             self.comm.agree(False)
         self.comm, self._failed = self.comm.survivors(), False
-        self._in_vain = self._in_vain + 1 if self.comm.size == len(before) else 0
+        in_a_row = begun - self._shrunk_at_s < IN_A_ROW_S
+        self._in_vain = (self._in_vain if in_a_row else 0) + 1 if self.comm.size == len(before) else 0
+        self._shrunk_at_s = begun
         if self._in_vain > MOST_IN_VAIN:
             raise TransportError(
                 f"MPI has failed {self._in_vain} times though all {self.comm.size} ranks are there; see its messages "

@@ -104,7 +104,7 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
     group.shards.was_set = True
     agree(module, group, "load(): loaded", failure)
     leave(module, group)
-    if group.comm.rank == 0 and (anew := reader.without_state(module, group)):
+    if group.comm.rank == 0 and (anew := reader.without_state(group.plan, group.shards.rule)):
         logger.warning("the optimizer's state begins anew for %s: %s has none that fits", ", ".join(anew), folder)
 
 

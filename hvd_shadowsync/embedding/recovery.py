@@ -50,15 +50,33 @@ def take_over(comm: Communicator, before: Group, copies: Shards | None, source: 
             _tell(inherited, members, plan, "the copies")
         lost = [shard for shard in lost if shard.extent not in heirs]
     if lost:
-        folder, failure = comm.allgather_object(_find(source) if comm.rank == 0 else None)[0]
-        generation = None
-        if failure is None:
-            wanted = [shard for shard in taken.owned if shard.extent not in kept]
-            failure, generation = _fill(folder, taken, wanted, after)
-        _agree(comm, folder, failure, generation)
+        wanted = [shard for shard in taken.owned if shard.extent not in kept]
+        folder = _read(comm, source, taken, wanted, after)
         if comm.rank == 0:
             _tell(lost, members, plan, str(folder))
     return after, taken
+
+
+def _read(comm: Communicator, source: Source, taken: Shards, wanted: Sequence[Shard], plan: Plan) -> Path | None:
+    """Read the rows of `wanted`, on all ranks from the same checkpoint; return where that is (collective).
+
+    The newest one may give way to one that is just being finished: then that is read.
+    """
+    before: Path | None = None
+    folder: Path | None
+    while True:
+        folder, failure = comm.allgather_object(_find(source) if comm.rank == 0 else None)[0]
+        generation = None
+        if failure is None:
+            failure, generation = _fill(folder, taken, wanted, plan)
+        try:
+            _agree(comm, folder, failure, generation)
+        except EmbeddingError:
+            if folder in (None, before):
+                raise
+            before = folder
+            continue
+        return folder
 
 
 def _find(source: Source) -> tuple[Path | None, str | None]:
@@ -84,6 +102,10 @@ def _fill(folder: Path, taken: Shards, wanted: Sequence[Shard], plan: Plan) -> t
         return str(error), None
     except (OSError, SafetensorError) as error:
         return f"{folder} cannot be read ({error})", None
+    if anew := set(saved.without_state(plan, taken.rule)) & {plan.tables[shard.table].name for shard in wanted}:
+        logger.warning(
+            "the optimizer's state begins anew for %s: %s has none that fits", ", ".join(sorted(anew)), folder
+        )
     return None, saved.generation
 
 

@@ -27,7 +27,7 @@ from hvd_shadowsync.embedding.holding import (
     shared_rows,
 )
 from hvd_shadowsync.embedding.optimizers import SparseOptimizer
-from hvd_shadowsync.embedding.placement import RowHash, RowRange
+from hvd_shadowsync.embedding.placement import Plan, RowHash, RowRange
 from hvd_shadowsync.embedding.shards import ROW_DTYPES
 from hvd_shadowsync.embedding.tables import EmbeddingTable
 from hvd_shadowsync.errors import CheckpointError
@@ -127,10 +127,10 @@ class Saved:
             elif holding.steps is not None:
                 holding.steps.fill_(max(shard.steps or 0 for shard in table.shards))
 
-    def without_state(self, module: Sharded, group: Group) -> list[str]:
-        """Return the names of the tables that need state which is not there."""
-        rule, divided = group.shards.rule, {shard.table for shard in group.plan.shards}
-        names = [module.tables[index].name for index in sorted(divided) if rule.slots]
+    def without_state(self, plan: Plan, rule: SparseOptimizer) -> list[str]:
+        """Return the names of the tables of `plan` that need state of `rule` which is not there."""
+        divided = {shard.table for shard in plan.shards}
+        names = [plan.tables[index].name for index in sorted(divided) if rule.slots]
         return [name for name in names if not self._fits(self.table(name), rule)]
 
     def examine(self, table: SavedTable, holding: Holding, slot: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -286,6 +287,31 @@ def test_other_checkpoints_of_the_same_name_are_not_mixed(saved: Path, monkeypat
     monkeypatch.setattr(recovery, "Saved", Own)
     ended = local.run(3, lambda comm: lost(comm, saved), timeout_s=TIMEOUT_S, kill={})
     assert all("rank 0 and rank 2 find different checkpoints in" in str(each) for each in (ended[0], ended[2]))
+
+
+@pytest.mark.leaves_threads
+def test_a_checkpoint_that_gives_way_to_a_newer_one_is_asked_for_again(saved: Path, tmp_path: Path) -> None:
+    answers = [tmp_path / "removed meanwhile", saved]
+    ended = local.run(3, lambda comm: lost(comm, lambda: answers.pop(0)), timeout_s=TIMEOUT_S, kill={})
+    assert [ended[0], ended[2]] == ["none"] * 2
+    assert answers == []
+
+
+@pytest.mark.leaves_threads
+def test_state_of_another_optimizer_begins_anew_and_that_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def program(comm: Communicator) -> float:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, PLAN, Adagrad(lr=0.0), communicator=comm, recover_from=saved)
+        if comm.rank == 1:
+            comm.die()
+        found = again(lambda: whole(module))
+        module.close()
+        return float(found["shops/sum"].abs().max())
+
+    with caplog.at_level(logging.WARNING):
+        ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={})
+    assert (ended[0], ended[2]) == (0.0, 0.0)
+    assert any("the optimizer's state begins anew for" in each and "shops" in each for each in caplog.messages)
 
 
 @pytest.mark.leaves_threads
