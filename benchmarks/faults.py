@@ -4,10 +4,11 @@
     python benchmarks/faults.py --jobs 1 --seed 17        # the job of seed 17 again
 
 Each job has 2 to 4 ranks on this machine, a random algorithm, pacing and wire dtype, in the background or not, with a
-Checkpointer or without one, and one fault, all drawn by the job's seed; when exactly a signal hits is up to the
-machine. A job is right if it ends in time, with the code that it should have, with the same weights on all ranks that
-are left, and with a newest checkpoint that loads and is no older than the last one that was reported as written. Of a
-hang it is printed where each process is. Raw results are kept in benchmarks/raw/faults.json. Needs Open MPI 5.
+Checkpointer or without one, with sharded tables (of which there are copies, or checkpoints) or without, and one fault,
+all drawn by the job's seed; when exactly a signal hits is up to the machine. A job is right if it ends in time, with
+the code that it should have, with the same weights and rows on all ranks that are left, and with a newest checkpoint
+that loads and is no older than the last one that was reported as written. Of a hang it is printed where each process
+is. Raw results are kept in benchmarks/raw/faults.json. Needs Open MPI 5.
 """
 
 from __future__ import annotations
@@ -91,8 +92,11 @@ def drawn(choice: random.Random, kinds: list[str]) -> Settings:
         "every_steps": choice.choice([5, 20, 40]),
         "strict": choice.random() < 0.3,
     }
+    settings["tables"] = choice.choice([None, None, None, "copies", "checkpoint", "served"])
+    if settings["tables"] in ("checkpoint", "served"):
+        settings["checkpoints"] = True
     if kind == "exit":  # others' collective calls do not go with its end, which is an error on all ranks
-        settings |= {"checkpoints": False, "meets": "nothing"}
+        settings |= {"checkpoints": False, "meets": "nothing", "tables": None}
     return {**settings, "fault": fault(kind, settings, choice)}
 
 
@@ -211,6 +215,8 @@ class Job:
     def wrong_end(self) -> list[str]:
         """Return what is wrong with the exit code and with the weights."""
         kind, size, wrong = self.fault["kind"], self.settings["size"], []
+        if self.has_lost_rows():
+            return [] if self.code == 1 else [f"exit code {self.code} instead of 1, where rows are lost"]
         ended = {each["rank"]: each for each in self.events("ended")}
         killed = {each["rank"] for each in self.events("SIGKILL")}
         if kind in ("kill in a write", "exception"):
@@ -227,9 +233,20 @@ class Job:
             wrong.append(f"ranks {sorted(missing)} did not come to their end")
         left = [each for each in ended.values() if each["rank"] not in killed]
         alike = [each["digest"] for each in left if each["size"] == min(one["size"] for one in left)]
+        if len({each["rows"] for each in left}) > 1:
+            wrong.append("the replicas differ in the rows of sharded tables")
         if len(set(alike)) > 1:
             wrong.append(f"the replicas differ after synchronize(): {[each['digest'][:8] for each in left]}")
         return wrong
+
+    def has_lost_rows(self) -> bool:
+        """Tell whether rows of sharded tables are lost, which all ranks say, and how it may be so.
+
+        Two ranks may have been lost at once, or one before there was a checkpoint.
+        """
+        said = "and with it the rows of the sharded tables that were its own" in self.errors()
+        early = len(self.events("trains")) < self.settings["size"]
+        return said and (self.fault["kind"] in ("kill two", "kill all") or early)
 
     def right_codes(self, killed: set[int], ended: dict[int, Record]) -> list[int]:
         """Return the codes that are right; several where a rank was killed between its end and what it says of it."""
@@ -360,6 +377,7 @@ def line(record: Record) -> str:
     settings = record["settings"]
     ways = ["foreground" if settings["foreground"] else "background", settings["wire_dtype"], settings["apply"]]
     told = f"{settings['size']} x {settings['algorithm']} {' '.join(filter(None, ways))}, {settings['fault']['kind']}"
+    told += "" if settings["tables"] is None else f", tables ({settings['tables']})"
     verdict = "ok" if not record["wrong"] else "WRONG: " + "; ".join(record["wrong"])
     return f"seed {record['seed']}: {told}: code {record['code']}, {record['seconds']} s: {verdict}"
 

@@ -38,8 +38,18 @@ say("begin")
 
 import torch  # noqa: E402
 
-from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync  # noqa: E402
+from hvd_shadowsync import (  # noqa: E402
+    BMUF,
+    Checkpointer,
+    ElasticAveraging,
+    EmbeddingError,
+    EmbeddingTable,
+    ModelAveraging,
+    ShadowSync,
+    ShardedEmbeddingBag,
+)
 from hvd_shadowsync.checkpointing.folder import Draft  # noqa: E402
+from hvd_shadowsync.embedding import RowWiseAdagrad  # noqa: E402
 
 ALGORITHMS = {"S-MA": ModelAveraging(), "S-EASGD": ElasticAveraging(), "S-BMUF": BMUF(block_momentum=0.2)}
 
@@ -48,7 +58,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     torch.set_num_threads(1)
     torch.manual_seed(RANK)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 600), torch.nn.BatchNorm1d(600), torch.nn.Linear(600, 1))
+    model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     sync = ShadowSync(optimizer, model=model, **handle_options())
     checkpointer = None
@@ -58,15 +68,56 @@ def main() -> None:
         loaded = checkpointer.loaded
         say("loaded", path=None if loaded is None else str(loaded))
         kill_in_write()
+        if model.tables is not None and SETTINGS["tables"] != "copies":
+            checkpointer.save_now()  # where rows of a lost rank come from
     train(model, optimizer, sync, checkpointer)
     sync.synchronize()
-    told: dict[str, Any] = {"digest": digest(model), "size": sync.size}
+    told: dict[str, Any] = {"digest": digest(model.dense), "size": sync.size, "rows": None}
     if checkpointer is not None:
         checkpointer.save_now()
         note_checkpoint(checkpointer)
         checkpointer.close()
+    if model.tables is not None:
+        told["rows"] = digest_of_rows(model.tables)
+        model.tables.close()
     sync.close()
     say("ended", lost=int(sync.metrics()["ranks_lost"]), **told)
+
+
+class Model(torch.nn.Module):
+    """A dense part, behind sharded tables where the job has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = torch.nn.Sequential(
+            torch.nn.Linear(8, 600), torch.nn.BatchNorm1d(600), torch.nn.Linear(600, 1)
+        )  # fmt: skip
+        self.tables: ShardedEmbeddingBag | None = None
+        if (tables := SETTINGS["tables"]) is not None:
+            self.tables = ShardedEmbeddingBag(
+                [EmbeddingTable("a", 900, 4), EmbeddingTable("b", 90, 4)], {"a": "row-wise", "b": "column-wise"},
+                RowWiseAdagrad(lr=0.02), mode="served" if tables == "served" else "alltoall",
+                replication=2 if tables == "copies" else 1,
+            )  # fmt: skip
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        if self.tables is not None:
+            ids = (inputs[:, :2].abs() * 300).long()
+            inputs = inputs + self.tables({"a": ids[:, 0] % 900, "b": ids[:, 1] % 90})
+        return self.dense(inputs)
+
+
+def digest_of_rows(tables: ShardedEmbeddingBag) -> str:
+    """Return a digest of all rows with their state; again where a rank is lost meanwhile."""
+    while True:
+        found = hashlib.sha256()
+        try:
+            for block in tables.global_state_dict():
+                found.update(block.values.numpy().tobytes())
+            return found.hexdigest()
+        except EmbeddingError as error:
+            if "make the call again" not in str(error):
+                raise
 
 
 def handle_options() -> dict[str, Any]:
