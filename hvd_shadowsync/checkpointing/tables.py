@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hvd_shadowsync.embedding import files
 from hvd_shadowsync.embedding.holding import Group
 from hvd_shadowsync.embedding.saved import INDEX
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
-from hvd_shadowsync.errors import CheckpointError
+from hvd_shadowsync.errors import CheckpointError, RankLostError
 
 REQUEST = "request.json"
 FILE_BYTES = 1 << 28
@@ -70,6 +70,7 @@ class Tables:
             if not all(everyone.values()):
                 _require(time.monotonic() < deadline and still_wanted(), missing[0])
                 time.sleep(PAUSE_S)
+                _require_whole(groups.values())
             if self._groups() != groups or any(done["members"] != own["members"] for done in everyone.values() if done):
                 raise CheckpointError("a rank with rows of the sharded tables was lost meanwhile")
         self._bring_together(draft, generation, everyone)
@@ -144,6 +145,15 @@ def _require(in_time: bool, rank: int) -> None:
         raise CheckpointError(
             f"rank {rank} has not written its rows of the sharded tables in time; does it see the folder, and run?"
         )
+
+
+def _require_whole(groups: Iterable[Group]) -> None:
+    """Raise where a rank is lost, which nobody else may have noticed: its rows would be waited for in vain."""
+    try:
+        for group in groups:
+            group.comm.check()
+    except RankLostError as error:
+        raise CheckpointError(f"a rank with rows of the sharded tables was lost meanwhile ({error})") from error
 
 
 def _copied_if_finite(name: str, rows: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from hvd_shadowsync import (
     ShardedEmbeddingBag,
 )
 from hvd_shadowsync.checkpointing import tables
+from hvd_shadowsync.checkpointing.folder import Draft
+from hvd_shadowsync.checkpointing.tables import Tables
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import SGD, Adagrad, Adam, RowWiseAdagrad, files, recovery, replicas
@@ -35,6 +37,7 @@ from hvd_shadowsync.embedding.lost import cut_short
 from hvd_shadowsync.embedding.meeting import Call, Meetings
 from hvd_shadowsync.embedding.placement import Placement, Plan
 from hvd_shadowsync.embedding.saved import Saved
+from hvd_shadowsync.errors import CheckpointError
 
 TABLES = [
     EmbeddingTable("users", 50, 4, pooling="sum"),
@@ -394,6 +397,25 @@ def test_a_rank_that_takes_rows_over_while_it_writes_says_whose_it_has_written(
     bags: Any = {"bags": Bag()}
     tables.Tables(bags).answer(tmp_path, "job")
     assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": written[0]}
+
+
+@pytest.mark.leaves_threads
+def test_a_checkpoint_does_not_wait_for_the_rows_of_a_lost_rank(tmp_path: Path) -> None:
+    """Nobody has noticed the loss: the tables were not used since."""
+    both = threading.Barrier(2)
+
+    def program(comm: Communicator) -> None:
+        assert isinstance(comm, local.LocalCommunicator)
+        module = ShardedEmbeddingBag(TABLES, None, SGD(lr=0.1), communicator=comm)
+        both.wait(TIMEOUT_S)
+        if comm.rank == 1:
+            comm.die()
+        both.wait(TIMEOUT_S)
+        if comm.rank == 0:
+            with pytest.raises(CheckpointError, match="a rank with rows of the sharded tables was lost meanwhile"):
+                Tables({"tables": module}).write(Draft(tmp_path, 12 * "a", 1, 1), lambda: True)
+
+    local.run(2, program, timeout_s=TIMEOUT_S, kill={})
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
