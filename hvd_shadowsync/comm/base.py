@@ -144,7 +144,7 @@ class Communicator(ABC):
     def check(self) -> None:
         """Raise `RankLostError` if a rank is lost, or the communicator revoked; does not block.
 
-        For whoever waits for other ranks without a call of this communicator.
+        For whoever waits for other ranks without a call of this communicator; any thread may call it.
         """
 
     @abstractmethod

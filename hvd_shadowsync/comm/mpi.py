@@ -440,7 +440,7 @@ class MpiCommunicator(Communicator):
 
     def check(self) -> None:
         """See `Communicator.check`."""
-        if self.outlives_ranks:
+        if self.outlives_ranks and self._comm != self._mpi.COMM_NULL:
             with _noticing():
                 self._comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG)
 
