@@ -12,6 +12,7 @@ from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.embedding.kernels.base import Gradient, Kernel
 from hvd_shadowsync.embedding.placement import Plan
+from hvd_shadowsync.embedding.routing import Traffic
 from hvd_shadowsync.embedding.shards import Rows, Shards
 
 SIZE_TAG, ROWS_TAG, WHOLE_TAG = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
@@ -35,14 +36,16 @@ class Replicas:
         comm: two ranks or more; calls of this object come in between those of the exchange.
         shards: of this rank.
         copies: of the rank before.
+        traffic: so far; what copies send counts there.
     """
 
-    def __init__(self, comm: Communicator, poller: Poller, kernel: Kernel, shards: Shards, copies: Shards) -> None:
-        self._comm, self._poller, self._kernel = comm, poller, kernel
+    def __init__(
+        self, comm: Communicator, poller: Poller, kernel: Kernel, shards: Shards, copies: Shards, traffic: Traffic
+    ) -> None:
+        self._comm, self._poller, self._kernel, self._traffic = comm, poller, kernel, traffic
         self._shards, self.copies = shards, copies
         self._are_whole = True
         self._next, self._before = (comm.rank + 1) % comm.size, before(comm.rank, comm.size)
-        self.bytes_sent = 0
 
     @property
     def is_stale(self) -> bool:
@@ -64,7 +67,7 @@ class Replicas:
         received = torch.empty(int(theirs), dtype=torch.uint8)
         self._poller.wait([self._comm.irecv(received, self._before, ROWS_TAG), *sending])
         self._unpack(received)
-        self.bytes_sent += size.nbytes + message.nbytes
+        self._traffic.replica_bytes += size.nbytes + message.nbytes
 
     def renew(self, stale: Sequence[bool]) -> None:
         """Send all rows of the ranks that are `stale` (collective)."""
@@ -72,7 +75,7 @@ class Replicas:
         if stale[self._comm.rank]:
             for block in _blocks(self._shards):
                 requests.append(self._comm.isend(block, self._next, WHOLE_TAG))
-                self.bytes_sent += block.nbytes
+                self._traffic.replica_bytes += block.nbytes
         if stale[self._before]:
             self._are_whole = False
             requests += [self._comm.irecv(block, self._before, WHOLE_TAG) for block in _blocks(self.copies)]

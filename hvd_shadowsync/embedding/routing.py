@@ -87,6 +87,7 @@ class Traffic:
     id_bytes: int = 0
     vector_bytes: int = 0
     gradient_bytes: int = 0
+    replica_bytes: int = 0
 
 
 class Run(NamedTuple):

@@ -290,7 +290,7 @@ class ShardedEmbeddingBag(nn.Module):
         whole.load_global_state_dict(self, blocks)
 
     def metrics(self) -> dict[str, float]:
-        """Return what this rank has sent, in bytes: ids, vectors, gradients; and in all per lookup."""
+        """Return what this rank has sent, in bytes: ids, vectors, gradients; copies; and all but copies per lookup."""
         traffic = self._exchange.traffic
         total = traffic.id_bytes + traffic.vector_bytes + traffic.gradient_bytes
         return {
@@ -299,7 +299,7 @@ class ShardedEmbeddingBag(nn.Module):
             "id_bytes": traffic.id_bytes,
             "vector_bytes": traffic.vector_bytes,
             "gradient_bytes": traffic.gradient_bytes,
-            "replica_bytes": 0 if self._replicas is None else self._replicas.bytes_sent,
+            "replica_bytes": traffic.replica_bytes,
             "bytes_per_step": total / max(traffic.lookups, 1),
             "ranks_lost": len(self._ranks.lost),
         }
@@ -360,8 +360,9 @@ class ShardedEmbeddingBag(nn.Module):
         if comm.members != members:
             plan = plan.handed_on([comm.members.index(each) if each in comm.members else None for each in members])
         shards = Shards(plan, comm.rank, rule, self._dtype, seed)
-        replicas = self._make_replicas(comm, plan, shards, seed)
-        exchange = self._make_exchange(comm, Layout(plan), shards, Traffic(), replicas)
+        traffic = Traffic()
+        replicas = self._make_replicas(comm, plan, shards, traffic, seed)
+        exchange = self._make_exchange(comm, Layout(plan), shards, traffic, replicas)
 
         def begin() -> None:
             self.shards, self._replicas, self._exchange = shards, replicas, exchange
@@ -394,10 +395,13 @@ class ShardedEmbeddingBag(nn.Module):
             traffic=traffic,
         )  # fmt: skip
 
-    def _make_replicas(self, comm: Communicator, plan: Plan, shards: Shards, seed: int | None) -> Replicas | None:
+    def _make_replicas(
+        self, comm: Communicator, plan: Plan, shards: Shards, traffic: Traffic, seed: int | None
+    ) -> Replicas | None:
         if self._replication == 1 or comm.size == 1:
             return None
-        return Replicas(comm, self._poller, self._kernel, shards, copies_of(plan, comm.rank, shards, seed))
+        copies = copies_of(plan, comm.rank, shards, seed)
+        return Replicas(comm, self._poller, self._kernel, shards, copies, traffic)
 
     def _begin(self, inputs: Any, *, trains: bool) -> Callable[[], Lookup]:
         """Read `inputs`; return what is to be done then, where a wrong input makes all ranks fail."""
@@ -547,14 +551,15 @@ class ShardedEmbeddingBag(nn.Module):
         """
         usable = None if self._replicas is None else self._replicas.usable
         plan, shards = take_over(comm, self.group, usable, self.recover_from)
-        replicas = self._make_replicas(comm, plan, shards, None)
+        traffic = replace(self._exchange.traffic)
+        replicas = self._make_replicas(comm, plan, shards, traffic, None)
         if replicas is not None:
             replicas.renew([True] * comm.size)
-        done = self._exchange.traffic.lookups + served
+        done = traffic.lookups + served
         everyone: list[tuple[int, bool]] = comm.allgather_object((done, looks_up and not self._serves))
         most = done if self._serves else max(each for each, _ in everyone)
         again = [late and each < most for each, late in everyone]
-        traffic = replace(self._exchange.traffic, lookups=most - any(again))
+        traffic.lookups = most - any(again)
         view = self._view + 1
         exchange = self._make_exchange(comm, Layout(plan), shards, traffic, replicas, view)
 

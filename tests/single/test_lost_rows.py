@@ -438,7 +438,8 @@ def test_a_copy_is_bit_by_bit_what_its_owner_had(hosts: str, rule: Any, dtype: t
             module.double()
         train(module, 3)
         for number in dies:
-            had = whole(module)
+            had, sent = whole(module), module.metrics()["replica_bytes"]
+            assert sent > 0
             if number == comm.rank:
                 comm.die()
             has = again(lambda: whole(module))
@@ -446,6 +447,7 @@ def test_a_copy_is_bit_by_bit_what_its_owner_had(hosts: str, rule: Any, dtype: t
             for name, values in had.items():
                 torch.testing.assert_close(has[name], values, rtol=0, atol=0)
             train(module, 3, first=3)
+            assert (module.metrics()["replica_bytes"] > sent) == (module.size > 1)
         size = module.size
         module.close()
         return size
