@@ -2,8 +2,8 @@
 
 mpirun ends the job where ssh ends with an error, which it also does when its connection breaks, or when the daemon ends
 on a host that nobody reaches any more: the job has gone on without that host by then. So once the ranks have begun,
-errors are kept from mpirun. It hears of daemons by its own connections. Runs as a file, since the package would import
-torch.
+errors are kept from mpirun. It hears of daemons by its own connections. Runs as a file, which begins sooner than the
+package.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.checks import check_count
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import job, mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.optimizer import ShadowSync
 
@@ -78,7 +78,7 @@ def DistributedOptimizer(
     Raises:
         TypeError, ValueError, TransportError, ReplicaMismatchError: as `ShadowSync`.
     """
-    mpi.end_job_on_exception(end_job_on_exception)
+    job.end_job_on_exception(end_job_on_exception)
     check_count("backward_passes_per_step", backward_passes_per_step, least=1)
     if op != AVERAGE:
         raise ValueError(

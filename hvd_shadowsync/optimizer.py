@@ -23,7 +23,7 @@ from hvd_shadowsync.alike import values_everywhere, values_of, whole_model
 from hvd_shadowsync.average import mean_of
 from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.checks import check_count, check_flag, choice
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import job, mpi
 from hvd_shadowsync.comm.attendance import Attendance, Person
 from hvd_shadowsync.comm.base import Communicator, Reserve
 from hvd_shadowsync.comm.poll import Poller
@@ -155,7 +155,7 @@ class ShadowSync:
         communicator: Communicator | None = None,
         end_job_on_exception: bool = True,
     ) -> None:
-        mpi.end_job_on_exception(end_job_on_exception)
+        job.end_job_on_exception(end_job_on_exception)
         arguments.check_optimizer(optimizer)
         for name, flag in (
             ("foreground", foreground),
@@ -707,7 +707,7 @@ class ShadowSync:
             self._driver.mend = partial(forget_bad_state, self.optimizer)
             if self._stalled is not None:
                 self._driver.fail(self._stalled)
-            mpi.spare_others_on_exception()
+            job.spare_others_on_exception()
             if self._paused:
                 self._driver.pause()
         return self._driver
@@ -732,7 +732,7 @@ class ShadowSync:
             return self._make_rounds(joins=True)
         except Exception:
             logger.exception("this rank cannot go on in the place of a lost one")
-            mpi.leave_job("it could not join")
+            job.leave_job("it could not join")
             raise
 
     def _make_rounds(self, *, joins: bool = False) -> Rounds:
@@ -785,7 +785,7 @@ class ShadowSync:
             raise ShadowSyncError(f"{call} came after close(); make a new ShadowSync to go on")
 
     def _close_at_exit(self) -> None:
-        if mpi.is_forked():
+        if job.is_forked():
             return
         logger.info("close() was not called; taking part until all ranks are done")
         try:
@@ -799,9 +799,9 @@ class ShadowSync:
         if not self._ranks.comm.spans_processes:
             return
         if isinstance(self._stalled, CutOffError):
-            mpi.leave_job("it is cut off from most of the others")
+            job.leave_job("it is cut off from most of the others")
         if self._end_job or self._stalled is not None:
-            mpi.end_job("synchronisation failed")
+            job.end_job("synchronisation failed")
 
 
 def _undisturbed(hook: Callable[..., None]) -> Callable[..., None]:

@@ -2,8 +2,8 @@
 
 Open MPI's launcher takes no notice there of a rank that ends with a code, and nobody notices one that ends before
 MPI_Init is through on all ranks: the others would wait for ever. So a rank that is gone too early ends by a signal, and
-is reported to shadowrun where MPI may not have been initialised yet. Runs as a file, since the package would import
-torch.
+is reported to shadowrun where MPI may not have been initialised yet. Runs as a file: who imports the package is a
+rank.
 """
 
 from __future__ import annotations

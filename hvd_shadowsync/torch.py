@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 from hvd_shadowsync import broadcast
-from hvd_shadowsync.comm import mpi, spares
+from hvd_shadowsync.comm import job, spares
 from hvd_shadowsync.comm.tuning import tune_environment
 from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimizer
 from hvd_shadowsync.distributed import communicator_of
@@ -46,7 +46,7 @@ def init(*args: Any, **kwargs: Any) -> Any:
     Arguments and result are those of `horovod.torch.init`.
     """
     tune_environment()
-    if mpi.outlives_ranks():
+    if job.outlives_ranks():
         logger.info("this job outlives its ranks: Horovod itself, which would not, is not initialised")
         return None
     os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME_MS)
@@ -56,38 +56,38 @@ def init(*args: Any, **kwargs: Any) -> Any:
 def shutdown() -> Any:
     """Close what is still synchronised (collective), then `horovod.torch.shutdown`, which may finalise MPI."""
     close_all()
-    return None if mpi.outlives_ranks() else _horovod.shutdown()
+    return None if job.outlives_ranks() else _horovod.shutdown()
 
 
 def is_initialized() -> bool:
     """Return whether `rank` and its like can be asked for."""
-    return mpi.outlives_ranks() or bool(_horovod.is_initialized())
+    return job.outlives_ranks() or bool(_horovod.is_initialized())
 
 
 def rank() -> int:
     """Return the number of this process in the job; see `init`."""
-    if not mpi.outlives_ranks():
+    if not job.outlives_ranks():
         return int(_horovod.rank())
     known = spares.here()
-    return int(mpi.load_mpi().COMM_WORLD.rank if known is None or known.number is None else known.number)
+    return int(job.load_mpi().COMM_WORLD.rank if known is None or known.number is None else known.number)
 
 
 def size() -> int:
     """Return the number of processes that the job began with; see `init`."""
-    if not mpi.outlives_ranks():
+    if not job.outlives_ranks():
         return int(_horovod.size())
     known = spares.here()
-    return int(mpi.load_mpi().COMM_WORLD.size if known is None else known.size)
+    return int(job.load_mpi().COMM_WORLD.size if known is None else known.size)
 
 
 def local_rank() -> int:
     """Return the number of this process on its host; see `init`."""
-    return int(os.environ[LOCAL_RANK]) if mpi.outlives_ranks() else int(_horovod.local_rank())
+    return int(os.environ[LOCAL_RANK]) if job.outlives_ranks() else int(_horovod.local_rank())
 
 
 def local_size() -> int:
     """Return the number of processes that the job began with on this host; see `init`."""
-    return int(os.environ[LOCAL_SIZE]) if mpi.outlives_ranks() else int(_horovod.local_size())
+    return int(os.environ[LOCAL_SIZE]) if job.outlives_ranks() else int(_horovod.local_size())
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:

@@ -26,7 +26,7 @@ from hvd_shadowsync.checkpointing.signals import EndSignals
 from hvd_shadowsync.checkpointing.tables import Tables
 from hvd_shadowsync.checkpointing.writer import DENSE, Writer
 from hvd_shadowsync.checks import check_count, check_interval
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import job
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.errors import CheckpointError, ShadowSyncError
 from hvd_shadowsync.optimizer import ShadowSync
@@ -334,7 +334,7 @@ class Checkpointer:
 
     def _close_at_exit(self) -> None:
         """Finish what is being written; other ranks that need this one's rows are served until the process ends."""
-        if mpi.is_forked():
+        if job.is_forked():
             return
         if not self._left:
             self._leave()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hvd_shadowsync.comm import mpi, runtime
+from hvd_shadowsync.comm import job, runtime
 from hvd_shadowsync.comm.base import Communicator, Request
 from hvd_shadowsync.comm.quorum import goes_on
 from hvd_shadowsync.comm.whereabouts import Wait, Whereabouts, Word
@@ -474,4 +474,4 @@ class Attendance:
         assert self._error is not None, "there is an error"
         error, deadline = self._error
         if not error.raised and now >= deadline and self._comm.spans_processes:
-            (mpi.leave_job if isinstance(error, CutOffError) else mpi.end_job)(str(error))
+            (job.leave_job if isinstance(error, CutOffError) else job.end_job)(str(error))

@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from hvd_shadowsync import agree
 from hvd_shadowsync.checks import check_count, check_flag, choice
-from hvd_shadowsync.comm import mpi, spares
+from hvd_shadowsync.comm import job, mpi, spares
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
@@ -597,7 +597,7 @@ class ShardedEmbeddingBag(nn.Module):
             agree.require_same(comm, agree.describe_settings(settings))
 
     def _close_at_exit(self) -> None:
-        if mpi.is_forked():
+        if job.is_forked():
             return
         logger.info("close() was not called; serving until all ranks are done")
         try:
@@ -605,7 +605,7 @@ class ShardedEmbeddingBag(nn.Module):
             self.close()
         except ShadowSyncError:
             logger.exception("the exchange of embeddings ended with an error")
-            mpi.end_job("the exchange of embeddings failed")
+            job.end_job("the exchange of embeddings failed")
 
     def _require_open(self, call: str) -> None:
         if self._closed:

@@ -47,7 +47,7 @@ from hvd_shadowsync import (
 )
 from hvd_shadowsync import rounds as rounds_module
 from hvd_shadowsync.algorithms import Algorithm
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import job
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
 from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
@@ -1331,9 +1331,9 @@ def test_a_forked_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
             comm.allgather_object("both have begun")
             if comm.rank == 0:
                 with monkeypatch.context() as child:
-                    child.setattr(mpi, "_PROCESS", -1)
+                    child.setattr(job, "_PROCESS", -1)
                     sync._close_at_exit()
-                    mpi.end_job("of a child")
+                    job.end_job("of a child")
                 assert slopes.optimizer.shadow is sync
 
     on_ranks(2, program)

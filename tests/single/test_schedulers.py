@@ -25,7 +25,7 @@ from ranks_as_threads import (
 from torch.optim import Optimizer, lr_scheduler
 
 from hvd_shadowsync import DistributedOptimizer, ShadowSync
-from hvd_shadowsync.comm import mpi
+from hvd_shadowsync.comm import job, mpi
 from hvd_shadowsync.comm.base import Communicator
 
 STEPS = 9
@@ -218,7 +218,7 @@ def threads_are_the_world(monkeypatch: pytest.MonkeyPatch) -> Callable[[Communic
     """Return what a rank calls for its thread's communicator to be "all ranks of MPI" in that thread."""
     own = threading.local()
     monkeypatch.setattr(mpi, "world", lambda ranks=None: own.comm.dup())
-    monkeypatch.setattr(mpi, "end_job_on_exception", lambda active: None)
+    monkeypatch.setattr(job, "end_job_on_exception", lambda active: None)
     return lambda comm: setattr(own, "comm", comm)
 
 
