@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
     "hypothesis>=6",
     "mypy>=1.10",
     "ruff>=0.6",

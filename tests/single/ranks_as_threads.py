@@ -15,7 +15,7 @@ from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.reducers import Reducer
 
 T = TypeVar("T")
-TIMEOUT_S = 25.0
+TIMEOUT_S = 60.0
 Content = dict[str, Tensor]
 
 
