@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 shadowrun -np 2 python benchmarks/soak.py --minutes 30
 
 Each algorithm has its share of the time, one after the other in the same processes, with a Checkpointer that writes
-all the while. Figures of each rank at the end of the first quarter of a share, by when all memory has been had once,
-against those at its end. Raw results are kept in benchmarks/raw/soak.json.
+all the while. Each rank looks once a second at what it has; the medians of the second quarter of a share (in the first
+one all memory is had once) are set against those of the last: a checkpoint's copy, which is there at some looks and not
+at others, is no growth. Raw results are kept in benchmarks/raw/soak.json.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import tempfile
 import threading
 import time
@@ -25,7 +27,7 @@ from mpi4py import MPI
 from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync
 
 RAW = Path(__file__).parent / "raw" / "soak.json"
-WARMUP_SHARE = 0.25
+LOOK_S = 1.0
 CASES: dict[str, dict[str, Any]] = {
     "S-MA": {"algorithm": ModelAveraging()},
     "S-MA fp16": {"algorithm": ModelAveraging(), "wire_dtype": torch.float16},
@@ -66,11 +68,8 @@ def soak(options: dict[str, Any], arguments: argparse.Namespace) -> list[dict[st
         folder = MPI.COMM_WORLD.bcast(own)
         with ShadowSync(optimizer, model=model, sync_every=1, **options) as sync:
             checkpointer = Checkpointer(folder, model, sync, every_s=arguments.every_s)
-            share_s = 60 * arguments.minutes / len(arguments.cases)
-            train(model, optimizer, WARMUP_SHARE * share_s)
-            warm, rounds = usage(), sync.metrics()["rounds"]
-            train(model, optimizer, (1 - WARMUP_SHARE) * share_s)
-            hot = usage()
+            quarter_s = 60 * arguments.minutes / len(arguments.cases) / 4
+            quarters = [train(model, optimizer, quarter_s) for _ in range(4)]
             sync.synchronize()
             figures = sync.metrics()
             written = checkpointer.metrics()["checkpoints"]
@@ -79,24 +78,28 @@ def soak(options: dict[str, Any], arguments: argparse.Namespace) -> list[dict[st
     after = usage()
     own_figures = {
         "rounds": int(figures["rounds"]),
-        "rounds_counted": int(figures["rounds"] - rounds),
         "checkpoints": int(written),
         "before": before,
-        "warm": warm,
-        "end": hot,
-        "growth_kib": hot["rss_kib"] - warm["rss_kib"],
+        "warm": quarters[1],
+        "end": quarters[3],
+        "growth_kib": quarters[3]["rss_kib"] - quarters[1]["rss_kib"],
         "closed": after,
     }
     return list(MPI.COMM_WORLD.allgather(own_figures))
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seconds: float) -> None:
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seconds: float) -> dict[str, int]:
+    """Train; return the medians of what this process had at each look."""
     width = next(model.parameters()).shape[0]
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    deadline, next_look, looks = time.monotonic() + seconds, 0.0, []
+    while (now := time.monotonic()) < deadline:
         optimizer.zero_grad()
         model(torch.randn(4, width)).square().mean().backward()
         optimizer.step()
+        if now >= next_look:
+            next_look = now + LOOK_S
+            looks.append(usage())
+    return {name: int(statistics.median(look[name] for look in looks)) for name in looks[0]}
 
 
 def usage() -> dict[str, int]:
