@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-from hvd_shadowsync import run
-from hvd_shadowsync.command import LaunchError, Mpi
+from hvd_shadowsync.launcher import finding
+from hvd_shadowsync.launcher.command import LaunchError, Mpi
 
 TESTS = Path(__file__).resolve().parent
 MARK = "SHADOWSYNC_TEST_JOB"
@@ -36,8 +36,8 @@ ONE_HOST = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm"}
 """Open MPI looks for no network then, which saves a second of each start."""
 
 
-_mpi = functools.cache(run.detect_mpi)
-_horovodrun = functools.cache(run.find_horovodrun)  # which imports Horovod in a process of its own
+_mpi = functools.cache(finding.detect_mpi)
+_horovodrun = functools.cache(finding.find_horovodrun)  # which imports Horovod in a process of its own
 
 
 def find_mpi() -> Mpi:

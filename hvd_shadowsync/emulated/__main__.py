@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 import hvd_shadowsync.emulated as package
-from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.emulated import cluster, job
 from hvd_shadowsync.emulated.network import add_options, network_from
+from hvd_shadowsync.launcher.command import LaunchError
 
 PROGRAM = "python -m hvd_shadowsync.emulated"
 VERBS = ("up", "run", "cut", "mend", "down")

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hvd_shadowsync import run as shadowrun
-from hvd_shadowsync.command import THREAD_VARIABLES, LaunchError
 from hvd_shadowsync.emulated import job
 from hvd_shadowsync.emulated.namespaces import (
     NEW_MOUNTS,
@@ -35,6 +34,8 @@ from hvd_shadowsync.emulated.namespaces import (
     waited_for,
 )
 from hvd_shadowsync.emulated.network import Network
+from hvd_shadowsync.launcher import finding
+from hvd_shadowsync.launcher.command import THREAD_VARIABLES, LaunchError
 
 GONE_S = 10.0
 
@@ -264,7 +265,7 @@ def _ranks(
     network: Network, num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, outlive: bool
 ) -> list[str]:
     """Return what starts a rank of `command` on each host, from the first one."""
-    mpi = shadowrun.detect_mpi(environ)
+    mpi = finding.detect_mpi(environ)
     if mpi.kind != "openmpi":
         raise LaunchError(f"run needs Open MPI, {mpi.mpirun} is of {mpi.kind}; see SHADOWRUN_MPIRUN")
     hosts = ",".join(f"{host.name}:1" for host in network.as_hosts()[:num_hosts])

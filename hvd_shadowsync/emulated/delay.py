@@ -15,9 +15,9 @@ import random
 import socket
 from pathlib import Path
 
-from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.emulated.namespaces import call, forked, ignore_signals
 from hvd_shadowsync.emulated.network import Network
+from hvd_shadowsync.launcher.command import LaunchError
 
 EVERY_PROTOCOL = 3
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23

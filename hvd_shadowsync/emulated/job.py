@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_shadowsync.command import FORWARDED_SIGNALS, LaunchError
 from hvd_shadowsync.emulated import delay
 from hvd_shadowsync.emulated.namespaces import (
     HostPlace,
@@ -28,6 +27,7 @@ from hvd_shadowsync.emulated.namespaces import (
     waited_for,
 )
 from hvd_shadowsync.emulated.network import OPTIONS, Cut, Network, commands, link_commands
+from hvd_shadowsync.launcher.command import FORWARDED_SIGNALS, LaunchError
 
 VARIABLE = "SHADOW_EMULATED"
 AGENT_DESCRIPTOR = 200

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hvd_shadowsync.command import FORWARDED_SIGNALS
+from hvd_shadowsync.launcher.command import FORWARDED_SIGNALS
 
 NEW_MOUNTS, NEW_UTS, NEW_USER, NEW_PIDS, NEW_NET = 1 << 17, 1 << 26, 1 << 28, 1 << 29, 1 << 30
 MS_REC_PRIVATE = (1 << 14) | (1 << 18)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hvd_shadowsync.command import Host, LaunchError
+from hvd_shadowsync.launcher.command import Host, LaunchError
 
 SUBNET = "10.77.0"
 MOST_HOSTS = 64

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from launching import Job, Outcome, find_mpi, is_running, launch
 
-from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.emulated import Network, cluster
+from hvd_shadowsync.launcher.command import LaunchError
 
 PROGRAM = Path(__file__).parent / "programs" / "links.py"
 LONGEST_S = 110.0

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from launching import find_mpi, is_running
 
-from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.emulated import Network, cluster
 from hvd_shadowsync.emulated.__main__ import main
+from hvd_shadowsync.launcher.command import LaunchError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "emulated-cluster"
 TIMEOUT_S = 90

@@ -11,7 +11,7 @@ import pytest
 from launching import find_mpi
 
 from hvd_shadowsync import emulated
-from hvd_shadowsync.command import LaunchError
+from hvd_shadowsync.launcher.command import LaunchError
 
 TIMEOUT_S = 120
 PROGRAM = """

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_shadowsync import run
-from hvd_shadowsync.command import LaunchError, Mpi
+from hvd_shadowsync.launcher import finding
+from hvd_shadowsync.launcher.command import LaunchError, Mpi
 
 FOLDER = Path(sys.executable).parent
 TIMEOUT_S = 90
@@ -38,7 +38,7 @@ sys.exit(int(mode) if comm.rank == comm.size - 1 else 0)
 @pytest.fixture(scope="module")
 def mpi() -> Mpi:
     try:
-        return run.detect_mpi()
+        return finding.detect_mpi()
     except LaunchError as error:
         pytest.skip(str(error))
 
@@ -56,7 +56,7 @@ def needs_horovod(mpi: Mpi) -> None:
     if not mpi.known_to_horovod:
         pytest.skip(f"horovodrun does not recognise {mpi.mpirun}")
     try:
-        run.find_horovodrun()
+        finding.find_horovodrun()
     except LaunchError as error:
         pytest.skip(str(error))
 

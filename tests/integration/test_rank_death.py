@@ -17,9 +17,9 @@ import pytest
 from launching import ONE_HOST, Outcome, find_mpi, launch
 
 from hvd_shadowsync import Checkpointer, checkpoint, emulated
-from hvd_shadowsync.command import LaunchError
 from hvd_shadowsync.embedding import files
-from hvd_shadowsync.run import LOST_CODE
+from hvd_shadowsync.launcher.command import LaunchError
+from hvd_shadowsync.launcher.supervision import LOST_CODE
 
 PROGRAM = Path(__file__).parent / "programs" / "deaths.py"
 TIMEOUT_S = 100.0
@@ -121,7 +121,8 @@ def test_a_rank_ends_before_mpi_is_initialised(way: str, code: int, tmp_path: Pa
     """The others wait for it in MPI_Init, where nothing tells them."""
     ends = f"if os.environ['OMPI_COMM_WORLD_RANK'] == '1': {way}"
     program = f"import os\n{ends}\nimport hvd_shadowsync.torch as hvd\nhvd.init()"
-    start = "import sys; from hvd_shadowsync import run; run.BEGINNING_S = 1.0; sys.exit(run.main(sys.argv[1:]))"
+    start = "import sys; from hvd_shadowsync import run; from hvd_shadowsync.launcher import supervision; "
+    start += "supervision.BEGINNING_S = 1.0; sys.exit(run.main(sys.argv[1:]))"
     command = [sys.executable, "-c", start, "-np", "3", "--fault-tolerant", "python", "-c", program]
     outcome = launch(command, tmp_path / "job", timeout_s=TIMEOUT_S, environ=ONE_HOST)
     assert not outcome.verdict, outcome.verdict + outcome.text

@@ -14,8 +14,8 @@ import pytest
 from launching import ONE_HOST, Outcome, find_mpi, launch
 
 from hvd_shadowsync import emulated
-from hvd_shadowsync.command import LaunchError
-from hvd_shadowsync.run import LOST_CODE
+from hvd_shadowsync.launcher.command import LaunchError
+from hvd_shadowsync.launcher.supervision import LOST_CODE
 
 PROGRAM = Path(__file__).parent / "programs" / "replacements.py"
 TIMEOUT_S = 180.0

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from hvd_shadowsync import emulated, run
-from hvd_shadowsync.command import Host, LaunchError
 from hvd_shadowsync.emulated import Network, cluster, job
 from hvd_shadowsync.emulated.__main__ import main
 from hvd_shadowsync.emulated.network import Cut, link_commands
+from hvd_shadowsync.launcher import finding
+from hvd_shadowsync.launcher.command import Host, LaunchError
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_options_of_shadowrun_that_do_not_go_together(
 
 def test_a_dry_run_shows_what_makes_the_hosts(capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        mpi = run.detect_mpi()
+        mpi = finding.detect_mpi()
     except LaunchError as error:
         pytest.skip(str(error))
     if mpi.kind != "openmpi":

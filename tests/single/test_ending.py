@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hvd_shadowsync import ending, rank, run
+from hvd_shadowsync import ending, rank
 from hvd_shadowsync.ending import Endings
+from hvd_shadowsync.launcher import supervision
 
 SAY = f"import os; os.write(int(os.environ[{rank.DESCRIPTOR!r}]), b%r); "
 STARTED, ENDED = SAY % rank.STARTED.decode(), SAY % rank.ENDED.decode()
@@ -130,19 +131,19 @@ def test_what_is_no_rank_says_nothing() -> None:
     [
         (0, Endings({0, 1, 2}), True, 0),
         (0, Endings({0, 1}, {2}), False, 0),
-        (0, Endings({0, 1}, {2}), True, run.LOST_CODE),
-        (0, Endings({0, 1}), True, run.LOST_CODE),  # the last one was killed when the others had left
+        (0, Endings({0, 1}, {2}), True, supervision.LOST_CODE),
+        (0, Endings({0, 1}), True, supervision.LOST_CODE),  # the last one was killed when the others had left
         (7, Endings({0, 1}, {2}), True, 7),
         (0, Endings(), False, 1),
         (137, Endings(), False, 137),
         (143, Endings(never_began=(1, 3)), False, 3),
         (143, Endings(never_began=(1, -9)), False, 137),
         (0, Endings({0, 2}, begun={0, 2}, never_began=(1, -9)), False, 0),
-        (0, Endings({0, 2}, begun={0, 2}, never_began=(1, -9)), True, run.LOST_CODE),
+        (0, Endings({0, 2}, begun={0, 2}, never_began=(1, -9)), True, supervision.LOST_CODE),
     ],
 )
 def test_the_exit_code_of_a_job_that_outlives_its_ranks(code: int, endings: Endings, strict: bool, judged: int) -> None:
-    assert run._judge(code, 3, endings, strict=strict) == judged
+    assert supervision.judge(code, 3, endings, strict=strict) == judged
 
 
 @pytest.mark.parametrize(

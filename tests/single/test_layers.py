@@ -46,7 +46,7 @@ LAYERS = [
     ["distributed", "broadcast"],
     ["torch", "checkpoint"],
     ["checkpointing"],
-    ["command", "emulated", "run", "doctor", "capacity", "__main__"],
+    ["launcher", "emulated", "run", "doctor", "capacity", "__main__"],
 ]
 """Parts of the package, the lowest layer first; a part is a module or a folder."""
 
@@ -65,7 +65,6 @@ WITHOUT_TORCH = [
     "agent",
     "ending",
     "restarts",
-    "command",
     "emulated",
     "emulated.__main__",
     "emulated.cluster",
@@ -75,7 +74,7 @@ WITHOUT_TORCH = [
     "emulated.network",
     "run",
     "doctor",
-    *(short(module) for module in MODULES if part(module) == "capacity"),
+    *(short(module) for module in MODULES if part(module) in ("capacity", "launcher")),
 ]
 OPTIONAL = {
     "mpi4py": {"comm.job", "comm.spares", "__main__"},
@@ -128,7 +127,7 @@ def test_the_layers_are_those_of_the_design() -> None:
     known = {part(module) for module in MODULES}
     layers = [[name for name in layer if name in known] for layer in reversed(written)]
     assert [sorted(layer) for layer in layers] == [
-        sorted(name for name in layer if name not in ("command", "__main__")) for layer in LAYERS
+        sorted(name for name in layer if name != "__main__") for layer in LAYERS
     ] + [[]], "the last are launch and examples, which are no part of the package"
 
 

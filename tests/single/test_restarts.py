@@ -11,6 +11,7 @@ import pytest
 
 from hvd_shadowsync import run
 from hvd_shadowsync.ending import Endings
+from hvd_shadowsync.launcher import supervision
 from hvd_shadowsync.restarts import End, run_with_restarts
 
 FAILED = End(1, trained=True)
@@ -49,7 +50,7 @@ def test_that_training_has_begun_is_heard_among_progress_bars() -> None:
         os.write(writing, chunk)
     os.close(writing)
     endings = Endings()
-    passed_on = b"".join(endings.without(each) for each in run._pieces(reading))
+    passed_on = b"".join(endings.without(each) for each in supervision._pieces(reading))
     assert passed_on == b"half a line\n 10%\r 20%\rrest"
     assert endings.trains
     os.close(reading)
@@ -65,7 +66,7 @@ def test_a_signal_that_comes_to_shadowrun_is_noted(tmp_path: Path) -> None:
         os.kill(os.getpid(), 15)
 
     threading.Thread(target=terminate_when_up, daemon=True).start()
-    assert run.supervise(launcher, dict(os.environ), received=received) == 128 + 15
+    assert supervision.supervise(launcher, dict(os.environ), received=received) == 128 + 15
     assert received == [15]
 
 

@@ -1,0 +1,203 @@
+"""Runs a launcher until all that it has started has ended, and judges how a job that outlives its ranks did."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
+from hvd_shadowsync.ending import MARKS, Endings
+from hvd_shadowsync.launcher.command import FORWARDED_SIGNALS
+
+GRACE_S = 10.0
+LOST_CODE = 3
+BEGINNING_S = 60.0
+"""How long ranks may take from MPI_Init to the import of this package, where one is gone that may not have begun."""
+OVERDUE_S = 10.0
+TERMINATION_S = 2.0
+
+
+def supervise(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    endings: Endings | None = None,
+    received: list[int] | None = None,
+) -> int:
+    """Run `command` in a session of its own, pass signals on to all of it, and return its exit code when all has ended.
+
+    What ranks say of their ends goes into `endings`, where given, and nowhere else; signals that came are added to
+    `received`.
+
+    horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
+    MPICH's mpirun exits with 0 after a signal: the code is then the signal's.
+    """
+    received = [] if received is None else received
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        if child is not None:
+            _signal_group(child.pid, number)
+
+    previous = {each: signal.signal(each, forward) for each in FORWARDED_SIGNALS}
+    try:
+        stderr = None if endings is None else subprocess.PIPE
+        child = subprocess.Popen(
+            command, env=environ, start_new_session=True, stderr=stderr, preexec_fn=_terminate_with_parent
+        )
+        for number in received:
+            _signal_group(child.pid, number)
+        if endings is not None:
+            copying = threading.Thread(target=_pass_on, args=(child, endings), name="shadowrun-stderr", daemon=True)
+            copying.start()
+        code = _wait(child)
+        if endings is not None:
+            copying.join(GRACE_S)  # what is left there; another process may keep the pipe open
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+    if endings is not None and endings.overdue:
+        return int(endings.aborts)
+    if endings is not None and endings.host_away and code == 0:
+        return 1
+    if code < 0:
+        return 128 - code
+    return 128 + received[0] if received and code == 0 else code
+
+
+def _terminate_with_parent() -> None:
+    """Have this process get SIGTERM when its parent ends, where the system can."""
+    if sys.platform.startswith("linux"):
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
+    """Copy the child's stderr until it ends.
+
+    Where a rank has ended before it had begun, and none is heard to begin for a minute, the others wait for it in
+    MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that. Where all
+    ranks that can be reached have ended mpirun may wait for a host that cannot, for a quarter of an hour or for ever:
+    it is ended as well.
+    """
+    assert child.stderr is not None, "it is a pipe"
+
+    def end_unless_begun() -> None:
+        if not endings.begun:
+            _signal_group(child.pid, signal.SIGTERM)
+
+    def end_overdue() -> None:
+        if child.poll() is None:
+            endings.overdue = True
+            print("shadowrun: mpirun waits for a host that it cannot reach, and is ended", file=sys.stderr, flush=True)
+            _end_session(child)
+
+    timers: dict[str, threading.Timer] = {}
+    for text in _pieces(child.stderr.fileno()):
+        sys.stderr.buffer.write(endings.without(text))
+        sys.stderr.buffer.flush()
+        if endings.begun and endings.begun_file:
+            Path(endings.begun_file).touch()
+        if endings.never_began is not None and "begun" not in timers:
+            timers["begun"] = threading.Timer(BEGINNING_S, end_unless_begun)
+            timers["begun"].start()
+        if endings.are_all and "overdue" not in timers:
+            timers["overdue"] = threading.Timer(OVERDUE_S, end_overdue)
+            timers["overdue"].start()
+    child.wait()
+    for each in timers.values():
+        each.cancel()
+
+
+def _pieces(descriptor: int) -> Iterator[bytes]:
+    """Read until the end, such that a line that `Endings` looks for is in one piece, and all else is there at once."""
+    held = b""
+    while data := os.read(descriptor, 1 << 16):
+        held += data
+        end = held.rfind(b"\n") + 1
+        end += _settled(held[end:])
+        if end:
+            yield held[:end]
+            held = held[end:]
+    if held:
+        yield held
+
+
+def _settled(text: bytes) -> int:
+    """Return how much of the beginning of a line can be no part of one that `Endings` looks for."""
+    places = [text.find(mark) for mark in MARKS if mark in text]
+    for mark in MARKS:
+        places += [len(text) - num for num in range(1, len(mark)) if text.endswith(mark[:num])]
+    return min(places, default=len(text))
+
+
+def _end_session(child: subprocess.Popen[bytes]) -> None:
+    """End mpirun, which may remove its files at the second signal, and what it has started (ssh) and leaves behind."""
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        _signal_group(child.pid, number)
+        try:
+            child.wait(TERMINATION_S)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    for pid in _session(child.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _session(leader: int) -> list[int]:
+    """Return the processes of a session, where the system tells."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[3] == str(leader):
+            found.append(int(file.parent.name))
+    return found
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Return the exit code of `child` when its process group is gone too: mpirun ends its ranks after the shell."""
+    code = child.wait()
+    deadline = time.monotonic() + GRACE_S
+    while _signal_group(child.pid, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_group(child.pid, signal.SIGKILL)
+    return code
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Signal a process group; tell whether it still exists."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
+    """Return the exit code of a job that outlives its ranks, where its launcher's is `code`; say what was lost.
+
+    Lost is also who was there when the others left, and did not come to its own end.
+    """
+    if endings.never_began is not None and not endings.begun:
+        rank, own = endings.never_began
+        print(f"shadowrun: rank {rank} ended with code {own} before MPI was initialised: the job ends", file=sys.stderr)
+        return own if own > 0 else 128 - own
+    lost = endings.lost | (set(range(size)) - endings.ended)
+    if not endings.ended:
+        print("shadowrun: no rank came to its end (or none imports hvd_shadowsync)", file=sys.stderr)
+        return code or 1
+    if lost:
+        listed = ", ".join(map(str, sorted(lost)))
+        print(f"shadowrun: lost ranks: {listed}; {len(endings.ended)} came to their end", file=sys.stderr)
+    return code or (LOST_CODE if strict and lost else 0)

@@ -1,0 +1,143 @@
+"""Launchers that are supervised, to their end and after it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hvd_shadowsync.ending import Endings
+from hvd_shadowsync.launcher import supervision
+
+Executable = Callable[[str, str], Path]
+
+
+def test_supervised_death_by_signal(executable: Executable) -> None:
+    assert (
+        supervision.supervise([str(executable("bin/killed", "kill -TERM $$"))], dict(os.environ))
+        == 128 + signal.SIGTERM
+    )
+
+
+LEAVES = "echo 'hvd_shadowsync: rank 0 ended; lost: 1' >&2; "
+ABORTS = "echo 'hvd_shadowsync: rank 1 ends the job: uncaught StallError' >&2; "
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [(LEAVES, 0), (ABORTS, 1), ("echo 'prterun has exited due to process rank 1 with PID 7' >&2; ", 1)],
+    ids=["all that are left have ended", "a rank has ended the job", "MPI has ended it"],
+)
+def test_a_launcher_that_has_nothing_left_to_wait_for_is_ended(
+    said: str, code: int, executable: Executable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With what it has started, in whatever group, which holds its stderr."""
+    monkeypatch.setattr(supervision, "OVERDUE_S", 0.2)
+    monkeypatch.setattr(supervision, "TERMINATION_S", 0.2)
+    ssh = f"{sys.executable} -c 'import os, time; os.setpgid(0, 0); print(os.getpid(), flush=True); time.sleep(99)' &"
+    launcher = executable("bin/launcher", f"trap : TERM; {ssh} {said} while true; do sleep 0.1; done")
+    endings = Endings(size=2)
+    begun = time.monotonic()
+    assert supervision.supervise([str(launcher)], dict(os.environ), endings) == code
+    assert time.monotonic() - begun < 20
+    assert endings.overdue
+    out, err = capfd.readouterr()
+    assert "shadowrun: mpirun waits for a host that it cannot reach, and is ended" in err
+    if out:  # it had begun
+        with pytest.raises(ProcessLookupError):
+            while True:  # until whoever inherits it has taken note
+                os.kill(int(out), 0)
+                assert time.monotonic() - begun < 20
+                time.sleep(0.02)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's end")
+def test_a_launcher_ends_with_shadowrun(executable: Executable, tmp_path: Path) -> None:
+    launcher = executable(
+        "bin/launcher", f"trap 'touch {tmp_path}/told; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+    )
+    program = f"from hvd_shadowsync.launcher import supervision; supervision.supervise([{str(launcher)!r}], {{}})"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "told").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("parts", "pieces"),
+    [
+        ([b"a\nb", b"c\n"], [b"a\nb", b"c\n"]),
+        ([b" 50%\r 51%", b"\r 52%"], [b" 50%\r 51%", b"\r 52%"]),
+        ([b"x hvd_sha", b"dowsync: rank 1 end", b"ed\ny"], [b"x ", b"hvd_shadowsync: rank 1 ended\ny"]),
+        ([b"hvd_shadowsync: hm"], [b"hvd_shadowsync: hm"]),
+        ([b"prterun", b" has exited\n"], [b"prterun has exited\n"]),
+        ([b"prterun", b"s"], [b"prteruns"]),
+        ([b"the end of a graph"], [b"the end of a grap", b"h"]),
+    ],
+)
+def test_what_is_written_is_passed_on_at_once_but_for_what_may_be_a_rank_s_end(
+    parts: list[bytes], pieces: list[bytes]
+) -> None:
+    reading, writing = os.pipe()
+    found: list[bytes] = []
+    got = threading.Event()
+
+    def read() -> None:
+        for piece in supervision._pieces(reading):
+            found.append(piece)
+            got.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for part in parts:
+        os.write(writing, part)
+        got.wait(0.1)
+        got.clear()
+    os.close(writing)
+    reader.join(20)
+    os.close(reading)
+    assert found == pieces
+
+
+def test_a_launcher_that_has_lost_a_host_has_failed_whatever_its_code(executable: Executable) -> None:
+    says = "echo 'PRTE has lost communication with a remote daemon.' >&2; exit"
+    for own, code in ((0, 1), (7, 7)):
+        launcher = executable(f"bin/launcher{own}", f"{says} {own}")
+        assert supervision.supervise([str(launcher)], dict(os.environ), Endings(size=2)) == code
+
+
+def test_a_launcher_that_ends_in_time_keeps_its_code(executable: Executable) -> None:
+    endings = Endings(size=2)
+    assert supervision.supervise([str(executable("bin/launcher", f"{LEAVES} exit 7"))], dict(os.environ), endings) == 7
+    assert (endings.ended, endings.lost, endings.overdue) == ({0}, {1}, False)
+
+
+def test_forwards_signals_to_the_whole_group(executable: Executable, tmp_path: Path) -> None:
+    """The launcher ignores the signal, its child does not; the launcher's 0 becomes the signal's code."""
+    child = executable("bin/child", f"touch {tmp_path}/up; exec sleep 60")
+    launcher = executable("bin/launcher", f"trap : TERM; {child}; exit 0")
+
+    def terminate_when_up() -> None:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate_when_up, daemon=True)
+    begun = time.monotonic()
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    assert supervision.supervise([str(launcher)], dict(os.environ)) == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 20
+    assert signal.getsignal(signal.SIGTERM) is before
