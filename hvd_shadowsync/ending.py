@@ -13,7 +13,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from hvd_shadowsync import rank
@@ -22,12 +23,17 @@ VARIABLE = "SHADOWRUN_WANTS_ENDINGS"
 """Set for ranks that are to say how they ended."""
 TRAINING_VARIABLE = "SHADOWRUN_WANTS_TRAINING"
 """Set for ranks that are to say when they have come to their first training step."""
+END_SIGNAL_VARIABLE = "SHADOWRUN_PASSES_SIGTERM_ON"
+"""Set where `shadowrun` passes SIGTERM on as `END_SIGNAL`, if ranks make a last checkpoint then."""
+END_SIGNAL = signal.SIGUSR2
+"""Open MPI's launcher passes it on, while it kills the ranks a quarter of a second after SIGTERM."""
 RANK_VARIABLE = "OMPI_COMM_WORLD_RANK"
 SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 """The process that is a rank: programs that it starts have its environment, and import this as well, but are none."""
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
 TRAINS = re.compile(rb"hvd_shadowsync: training has begun\n")
+SAVES = re.compile(rb"hvd_shadowsync: a last checkpoint is made at a signal\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
 ABORTS = re.compile(
     rb"^(?:hvd_shadowsync: rank \d+ ends the job: |prterun has exited due to process rank)", re.MULTILINE
@@ -35,7 +41,9 @@ ABORTS = re.compile(
 """A rank has ended the job, with our words or with Open MPI's."""
 HOST_AWAY = b"PRTE has lost communication with a remote daemon"
 """Open MPI ends the job for it, and exits with 0."""
-MARKS = (b"hvd_shadowsync: rank ", b"hvd_shadowsync: training", b"prterun has exited", HOST_AWAY)
+MARKS = (
+    b"hvd_shadowsync: rank ", b"hvd_shadowsync: training", b"hvd_shadowsync: a last", b"prterun has exited", HOST_AWAY
+)  # fmt: skip
 """How what is looked for begins."""
 
 FINALIZE_S = 5
@@ -82,6 +90,29 @@ def note_training() -> None:
         sys.stderr.flush()
 
 
+def end_signal() -> signal.Signals | None:
+    """Return what `shadowrun` makes of SIGTERM, where it does and nobody else here listens to it."""
+    if not os.environ.get(END_SIGNAL_VARIABLE) or threading.current_thread() is not threading.main_thread():
+        return None
+    return END_SIGNAL if signal.getsignal(END_SIGNAL) is signal.SIG_DFL else None
+
+
+@contextlib.contextmanager
+def heedless() -> Iterator[None]:
+    """Inside, let `END_SIGNAL` pass, with which nothing can be done yet (main thread)."""
+    if (number := end_signal()) is not None:
+        signal.signal(number, signal.SIG_IGN)
+    yield
+    if number is not None:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def note_last_checkpoint() -> None:
+    """Let `shadowrun` know that this job makes a last checkpoint at `END_SIGNAL`."""
+    sys.stderr.write("hvd_shadowsync: a last checkpoint is made at a signal\n")
+    sys.stderr.flush()
+
+
 def end_well() -> None:
     """When the interpreter ends, let this rank say how it did, on stderr, if that is wanted; and end in time."""
     if os.environ.get(VARIABLE) and RANK_VARIABLE in os.environ:  # else between shadowrun and the ranks
@@ -118,6 +149,7 @@ class Endings:
         ended, lost, begun: by rank of the job.
         never_began: a rank that had not begun, and its code.
         trains: whether one has come to its first training step.
+        saves: whether the job makes a last checkpoint at `END_SIGNAL`.
         aborts: whether one has ended the job.
         host_away: whether the launcher has ended the job as it cannot reach a host.
         overdue: whether the launcher had to be ended, when it had nothing left to wait for.
@@ -130,6 +162,7 @@ class Endings:
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
     trains: bool = False
+    saves: bool = False
     aborts: bool = False
     host_away: bool = False
     overdue: bool = False
@@ -152,6 +185,7 @@ class Endings:
         for number, code in NEVER_BEGAN.findall(text):
             self.never_began = self.never_began or (int(number), int(code))
         self.trains = self.trains or TRAINS.search(text) is not None
-        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS):
+        self.saves = self.saves or SAVES.search(text) is not None
+        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS, SAVES):
             text = pattern.sub(b"", text)
         return text

@@ -403,13 +403,13 @@ class ShadowSync:
         self._require_open("load_state_dict()")
         arguments.check_rounds_state(state, self._replica.params)
         if self._alone:
-            self._remember(state)
+            self._take(state)
             return
         loaded = self._replica.empty()
         self._replica.read(loaded)
         self.settle()
         self._replica.write(loaded)
-        self._loaded = state or None
+        self._take(state)
         self._start()
         if self._driver is not None:
             self._driver.meet(partial(self._begin_again, self._driver.rounds))
@@ -560,16 +560,13 @@ class ShadowSync:
             )
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        if not self._leave_out_rounds and not (self._alone and self._loaded is None):
-            state[STATE_KEY] = self._state()
+        if not self._leave_out_rounds and (found := self._state()):
+            state[STATE_KEY] = found
 
     def _take_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         rounds = state.pop(STATE_KEY, None) or None
         arguments.check_rounds_state(rounds, self._replica.params)
-        if self._alone:
-            self._remember(rounds)
-            return
-        self._loaded = rounds
+        self._take(rounds)
         if self._driver is not None and self._loaded is not None:
             logger.warning(
                 "optimizer state was loaded after the first step, without what it says of rounds; for that call "
@@ -765,15 +762,17 @@ class ShadowSync:
             rounds.load_state(self._loaded)
         comm.allgather_object(None)
 
-    def _remember(self, rounds: dict[str, Any] | None) -> None:
-        """Go on counting at world size 1; what rounds remembered of the weights is void once they are trained alone."""
-        self._loaded = {**rounds, "state": {}} if rounds else None
-        if rounds:
+    def _take(self, rounds: dict[str, Any] | None) -> None:
+        """Begin with what was loaded of rounds, at the first step; and count from there at once."""
+        self._loaded = rounds or None
+        if rounds and self._driver is None:
             self._metrics.restore(rounds["counters"])
 
     def _state(self) -> dict[str, Any]:
-        if self._alone:
-            return {**self._loaded, "counters": self._metrics.counters()} if self._loaded else {}
+        if self._alone:  # what rounds remembered of the weights is void once they are trained alone
+            counters = self._metrics.counters()
+            of = self._options.algorithm.describe() if self._loaded is None else self._loaded["algorithm"]
+            return {"algorithm": of, "state": {}, "counters": counters} if counters["steps"] else {}
         if self._driver is None:
             return self._loaded if self._loaded is not None else {}
         return self._driver.rounds.state_dict()

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -578,11 +578,10 @@ class Rounds:
             copy.finish(self._integers, self._remembered(center))
 
     def _remembered(self, center: dict[str, Tensor] | None) -> dict[str, Any]:
-        algorithm = self._options.algorithm
         state = {name: self.replica.by_name(tensor) for name, tensor in named(self._state)}
         if center is not None:
             state["center"] = center
-        return {"algorithm": {"name": type(algorithm).__name__, **asdict(algorithm)}, "state": state}
+        return {"algorithm": self._options.algorithm.describe(), "state": state}
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
         """Take over state and counters of `saved`; what the algorithm does not know, or lacks, stays as it is."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvd_shadowsync import agent, emulated
-from hvd_shadowsync.ending import Endings
+from hvd_shadowsync.ending import END_SIGNAL_VARIABLE, Endings
 from hvd_shadowsync.launcher.command import Host, Launch, LaunchError, Machine, Mpi, build_command
 from hvd_shadowsync.launcher.finding import detect_mpi, find_horovodrun
 from hvd_shadowsync.launcher.hosts import parse_hostfile, parse_hosts
@@ -174,14 +174,15 @@ def this_machine(environ: Mapping[str, str] = os.environ) -> Machine:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `shadowrun`: the job's exit code, 0 after --dry-run, 2 where the job cannot be started.
 
-    This process becomes Open MPI's mpirun, so that its exit code and the signals that it gets are mpirun's own; the
-    other launchers, and jobs of several hosts, with restarts, or that outlive their ranks, are supervised instead (see
-    `supervise`).
+    The launcher is supervised (see `supervise`); from a terminal a plain job with Open MPI is not, but this process
+    becomes mpirun, which can read from it then.
     """
     try:
         options = parser().parse_args(arguments)
         launch = launch_from(options, this_machine())
         mpi = detect_mpi()
+        if passes_on := _passes_sigterm_on(options, launch, mpi):
+            launch = replace(launch, env={**launch.env, END_SIGNAL_VARIABLE: "1"})
         command, additions = _command_of(options, launch, mpi)
     except LaunchError as error:
         print(f"shadowrun: {error}", file=sys.stderr)
@@ -194,12 +195,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environ = {**os.environ, **additions}
     if launch.outlives_ranks or launch.restarts is not None:
         attempt = partial(_attempt, command, environ, launch, strict=options.strict)
-        return run_with_restarts(attempt, options.restarts or 0)
+        return attempt(0).code if launch.restarts is None else run_with_restarts(attempt, options.restarts)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
-    if launch.num_hosts > 1:
+    if passes_on or launch.num_hosts > 1:
         return supervise(command, environ, Endings(size=launch.size))
     os.execvpe(command[0], command, environ)
+
+
+def _passes_sigterm_on(options: argparse.Namespace, launch: Launch, mpi: Mpi) -> bool:
+    """Tell whether ranks get SIGTERM as another signal, at which mpirun does not kill them (see `ending`)."""
+    is_plain = launch.num_hosts == 1 and not launch.outlives_ranks and launch.restarts is None
+    if is_plain and sys.stdin is not None and sys.stdin.isatty():
+        return False
+    return mpi.kind == "openmpi" and launch.horovodrun is None and options.emulated is None and not options.dry_run
 
 
 def _command_of(options: argparse.Namespace, launch: Launch, mpi: Mpi) -> tuple[list[str], dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -39,6 +39,10 @@ class Algorithm(ABC):
 
     def __post_init__(self) -> None:
         check_interval("alpha", self.alpha, low=0.0, high=1.0, low_included=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Return its name and hyper-parameters, as a checkpoint has them."""
+        return {"name": type(self).__name__, **asdict(self)}
 
     @abstractmethod
     def init(self, params: Tensor) -> State:

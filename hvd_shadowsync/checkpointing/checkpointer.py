@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from hvd_shadowsync import checkpoint
+from hvd_shadowsync import checkpoint, ending
 from hvd_shadowsync.captured import Capture
 from hvd_shadowsync.checkpointing import folder as folders
 from hvd_shadowsync.checkpointing import manifest as manifests
@@ -67,9 +67,11 @@ class Checkpointer:
     A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
     `SystemExit` raised, with code 0, or 1 where it could not be written. Where rank 0 is through with its steps no last
-    one is written; ranks that wait in `close()` wait on. Open MPI's mpirun, if it gets SIGTERM itself, passes it on and
-    kills the ranks a quarter of a second later, so have the ranks signalled (Slurm's srun does that), or give
-    `end_signals=[signal.SIGTERM, signal.SIGUSR1]` and send mpirun SIGUSR1, which it passes on without killing.
+    one is written; ranks that wait in `close()` wait on. To a whole job send it by `shadowrun`, which has Open MPI pass
+    it on as SIGUSR2 (but with `--emulated`, `--horovod`, from a terminal, or where the program has another handler for
+    that); at the second SIGTERM the job ends without. Open MPI's own mpirun, if it gets SIGTERM, passes it on and kills
+    the ranks a quarter of a second later: have the ranks signalled (Slurm's srun does that), or give
+    `end_signals=[signal.SIGTERM, signal.SIGUSR2]` and send mpirun SIGUSR2, which it passes on without killing.
 
     Construction and `load_latest` are collective, and so are `save_now` and, with sharded tables, `close`; all methods
     are for the training thread. Only one job at a time may use a folder.
@@ -128,11 +130,19 @@ class Checkpointer:
         self._tables = Tables(tables)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
-        self._signals = EndSignals(numbers)
+        self._signals = self._listen(numbers)
         sync.end_with(self._end_if_told)
         hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._hook = sync.optimizer.register_step_post_hook(hook)
         atexit.register(self._close_at_exit)
+
+    def _listen(self, numbers: list[signal.Signals]) -> EndSignals:
+        """Listen to the signals, and where `shadowrun` passes SIGTERM on as another one, to that as well."""
+        another = ending.end_signal() if signal.SIGTERM in numbers else None
+        signals = EndSignals(numbers if another is None else [*numbers, another])
+        if another in signals.numbers and self._writes:
+            ending.note_last_checkpoint()
+        return signals
 
     # --- what a user asks for ---------------------------------------------------------------------------------------
 

@@ -22,9 +22,12 @@ class EndSignals:
         self.came = False
         """Whether one has come."""
         self._before: dict[signal.Signals, Any] = {}
+        self.numbers: frozenset[signal.Signals] = frozenset()
+        """Those that it listens to."""
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
                 self._before[number] = signal.signal(number, self._note)
+            self.numbers = frozenset(self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True

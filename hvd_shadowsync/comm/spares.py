@@ -234,6 +234,14 @@ class Spares:
 
     def park(self) -> None:
         """Return once this process is to take the place of a lost rank; exit where the job ends before."""
+        with ending.heedless():
+            self._await_call()
+        assert self.number is not None, "it was called"
+        self._say(self._others(), Tag.HERE, self.number)
+        self._take_names(self.number)
+        threading.Thread(target=self._watch, name="shadow-spare", daemon=True).start()
+
+    def _await_call(self) -> None:
         while self.me not in self._called:
             if self._is_over():
                 ending.end_unheard(self._lost())
@@ -241,9 +249,6 @@ class Spares:
             time.sleep(LOOK_S)
             self.look()
         self.number = self._called[self.me]
-        self._say(self._others(), Tag.HERE, self.number)
-        self._take_names(self.number)
-        threading.Thread(target=self._watch, name="shadow-spare", daemon=True).start()
 
     def _take_names(self, number: int) -> None:
         """Have the environment of rank `number` in a job without spares, for scripts and for messages."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
-from hvd_shadowsync.ending import MARKS, Endings
+from hvd_shadowsync.ending import END_SIGNAL, MARKS, Endings
 from hvd_shadowsync.launcher.command import FORWARDED_SIGNALS
 
 GRACE_S = 10.0
@@ -32,17 +32,25 @@ def supervise(
     """Run `command` in a session of its own, pass signals on to all of it, and return its exit code when all has ended.
 
     What ranks say of their ends goes into `endings`, where given, and nowhere else; signals that came are added to
-    `received`.
+    `received`. The first SIGTERM reaches ranks that make a last checkpoint at `END_SIGNAL` as that, and `command` is
+    Open MPI's launcher then.
 
     horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
     MPICH's mpirun exits with 0 after a signal: the code is then the signal's.
     """
     received = [] if received is None else received
     child: subprocess.Popen[bytes] | None = None
+    saves = False
 
     def forward(number: int, _: object) -> None:
+        nonlocal saves
         received.append(number)
-        if child is not None:
+        if child is None:
+            return
+        if received == [signal.SIGTERM] and endings is not None and endings.saves:
+            saves = True
+            child.send_signal(END_SIGNAL)
+        else:
             _signal_group(child.pid, number)
 
     previous = {each: signal.signal(each, forward) for each in FORWARDED_SIGNALS}
@@ -68,7 +76,7 @@ def supervise(
         return 1
     if code < 0:
         return 128 - code
-    return 128 + received[0] if received and code == 0 else code
+    return 128 + received[0] if received and code == 0 and not saves else code
 
 
 def _terminate_with_parent() -> None:

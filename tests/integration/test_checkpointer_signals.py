@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ONE_HOST, Job, Outcome, launch, mpirun
+from launching import ONE_HOST, Job, Outcome, find_mpi, launch, mpirun
 
 from hvd_shadowsync import Checkpointer, checkpoint
 
 PROGRAM = Path(__file__).parent / "programs" / "checkpoints.py"
 
 
-def run_case(case: str, folder: Path, during: Callable[[Job], None], *, ranks: int = 2) -> Outcome:
-    command = [*mpirun(ranks), sys.executable, str(PROGRAM), case, str(folder / "checkpoints")]
+def run_case(
+    case: str, folder: Path, during: Callable[[Job], None], *, ranks: int = 2, start: list[str] | None = None
+) -> Outcome:
+    start = mpirun(ranks) if start is None else start
+    command = [*start, sys.executable, str(PROGRAM), case, str(folder / "checkpoints")]
     job = folder / f"job-{len(list(folder.glob('job-*')))}"
     return launch(command, job, timeout_s=90.0, environ=ONE_HOST, during=during)
 
@@ -48,10 +52,17 @@ def tell(*which: int, ranks: int = 2) -> Callable[[Job], None]:
     ],
 )
 def test_a_signal_makes_a_last_checkpoint_and_a_clean_exit(case: str, which: tuple[int, ...], tmp_path: Path) -> None:
-    run_case(case, tmp_path, tell(*which)).require_success()
-    latest = Checkpointer.latest(tmp_path / "checkpoints")
+    outcome = run_case(case, tmp_path, tell(*which)).require_success()
+    require_last(tmp_path / "checkpoints", outcome)
+
+
+def require_last(folder: Path, outcome: Outcome) -> None:
+    """Fail unless the newest checkpoint is one of after the signal."""
+    told = [int(step) for step in re.findall(r"was told to end at step (\d+)", outcome.errors)]
+    latest = Checkpointer.latest(folder)
     assert latest is not None
-    assert checkpoint.read(latest / "model.pt")["optimizer"]["shadow_sync"]["counters"]["steps"] >= 20
+    steps = checkpoint.read(latest / "model.pt")["optimizer"]["shadow_sync"]["counters"]["steps"]
+    assert steps >= min(told) >= 20
 
 
 def test_a_job_of_another_size_goes_on(tmp_path: Path) -> None:
@@ -71,6 +82,23 @@ def test_a_signal_that_the_launcher_passes_on(tmp_path: Path) -> None:
 
     run_case("trains", tmp_path, during).require_success()
     assert Checkpointer.latest(tmp_path / "checkpoints") is not None
+
+
+@pytest.mark.parametrize("options", [[], ["--fault-tolerant", "--respawn", "1"], ["--restarts", "1"]], ids=str)
+def test_sigterm_of_shadowrun_makes_a_last_checkpoint_and_a_clean_exit(options: list[str], tmp_path: Path) -> None:
+    mpi = find_mpi()
+    if mpi.kind != "openmpi" or (options[:1] == ["--fault-tolerant"] and mpi.version < (5,)):
+        pytest.skip(f"needs Open MPI, {mpi.mpirun} is of {mpi.kind} {'.'.join(map(str, mpi.version))}")
+
+    def during(job: Job) -> None:
+        job.await_event("trains", ranks=2)
+        job.send(signal.SIGTERM)
+
+    start = [sys.executable, "-m", "hvd_shadowsync.run", "-np", "2", *options]
+    outcome = run_case("with_default_signals", tmp_path, during, start=start).require_success()
+    require_last(tmp_path / "checkpoints", outcome)
+    assert "a last checkpoint is made at a signal" not in outcome.errors
+    assert "started again" not in outcome.errors
 
 
 def test_sigterm_of_the_launcher_ends_the_job_and_leaves_only_good_checkpoints(tmp_path: Path) -> None:

@@ -333,6 +333,27 @@ def test_any_world_size_goes_on(algorithm: Algorithm, before: int, after: int, t
     assert len(names(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("driver", [FOREGROUND, {"sync_every": 2}], ids=["foreground", "background"])
+def test_steps_are_those_of_the_checkpoint_as_soon_as_it_is_loaded(
+    driver: dict[str, Any], before: int, after: int, tmp_path: Path
+) -> None:
+    """A script goes on from there, whatever the number of ranks was and is."""
+
+    def go_on(job: Any) -> tuple[int, int]:
+        job.checkpointer.load_latest()
+        begun = job.sync.steps
+        job.train(3)
+        job.checkpointer.save_now()
+        return begun, job.sync.steps
+
+    assert on_checkpointers(before, tmp_path, go_on, driver) == [(0, 3)] * before
+    assert on_checkpointers(after, tmp_path, go_on, driver) == [(3, 6)] * after
+    assert on_checkpointers(before, tmp_path, go_on, driver) == [(6, 9)] * before
+    assert {"step-3", "step-6", "step-9"} <= set(names(tmp_path))
+
+
 def test_nothing_there_is_a_fresh_start(tmp_path: Path) -> None:
     assert on_checkpointers(2, tmp_path / "new", lambda job: job.checkpointer.load_latest()) == [None, None]
     assert Checkpointer.latest(tmp_path / "nowhere") is None

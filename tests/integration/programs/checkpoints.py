@@ -19,11 +19,12 @@ from hvd_shadowsync.embedding import RowWiseAdagrad
 LAST = ranks.SIZE - 1
 
 
-def trains(folder: str, *, meets: bool = False, with_block: bool = False, **options: object) -> None:
+def trains(
+    folder: str, *, meets: bool = False, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGUSR2), **options: object
+) -> None:
     model = make_model(ranks.RANK)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     sync = ShadowSync(optimizer, model=model, **{"sync_every": 2, **options})
-    signals = [signal.SIGTERM, signal.SIGUSR2]
     checkpointer = Checkpointer(folder, model, sync, every_steps=100_000, end_signals=signals)
     checkpointer.load_latest()
     data = Data(ranks.RANK)
@@ -46,6 +47,10 @@ def meets(folder: str) -> None:
 
 def in_the_foreground(folder: str) -> None:
     trains(folder, foreground=True)
+
+
+def with_default_signals(folder: str) -> None:
+    trains(folder, signals=(signal.SIGTERM,))
 
 
 def with_a_center(folder: str) -> None:

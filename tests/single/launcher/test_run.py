@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,7 @@ def test_secrets_are_not_shown(
     executable("path/train", "exit 1")
     environs: list[dict[str, str]] = []
     monkeypatch.setattr(os, "execvpe", lambda path, command, environ: environs.append(environ))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv(name, "hush-a")
     secrets = ["--env", name, "--mpirun-args", f"-x {name}_2='hush b' --mca note {name}=hush-c,x"]
     run.main(["-np", "2", *secrets, "--env", "SITE=http://me:hush-d@host/x", how, "train", f"--{name}=hush-e"])
@@ -110,16 +112,36 @@ def test_other_words_are_shown_as_they_are(word: str) -> None:
     assert shown.shell_line([word], {}) == word
 
 
-def test_becomes_the_launcher(bare: Path, executable: Executable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_becomes_the_launcher_where_that_may_read_from_a_terminal(
+    bare: Path, executable: Executable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mpirun, program = executable("path/mpirun", OMPI_5), executable("path/train", "exit 1")
     calls: list[tuple[str, list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execvpe", lambda *call: calls.append(call))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     run.main(["-np", "1", "--env", "A=1", "train"])
     [(path, command, environ)] = calls
     assert path == str(mpirun)
     assert command[-1] == str(program)
     assert environ["A"] == "1"
     assert environ["PATH"] == str(bare)
+
+
+def test_supervises_it_otherwise_and_says_that_sigterm_is_passed_on(bare: Path, executable: Executable) -> None:
+    executable(
+        "path/mpirun", f'[ "$1" = --version ] && {OMPI_5} && exit 0; [ "$SHADOWRUN_PASSES_SIGTERM_ON" = 1 ] && exit 6'
+    )
+    executable("path/train", "exit 1")
+    assert run.main(["-np", "2", "train"]) == 6
+
+
+def test_a_job_that_outlives_its_ranks_and_fails_is_no_matter_of_restarts(
+    bare: Path, executable: Executable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    executable("path/mpirun", f'[ "$1" = --version ] && {OMPI_5} && exit 0; exit 6')
+    executable("path/train", "exit 1")
+    assert run.main(["-np", "2", "--fault-tolerant", "train"]) == 6
+    assert "started again" not in capsys.readouterr().err
 
 
 def test_supervises_horovodrun(bare: Path, executable: Executable) -> None:

@@ -141,3 +141,47 @@ def test_forwards_signals_to_the_whole_group(executable: Executable, tmp_path: P
     assert supervision.supervise([str(launcher)], dict(os.environ)) == 128 + signal.SIGTERM
     assert time.monotonic() - begun < 20
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+SAVES = "echo 'hvd_shadowsync: a last checkpoint is made at a signal' >&2"
+
+
+@pytest.mark.parametrize(
+    ("says", "signals", "code", "got"),
+    [
+        (SAVES, [signal.SIGTERM], 0, "USR2\n"),
+        (SAVES, [signal.SIGTERM, signal.SIGTERM], 7, "USR2\nTERM\n"),
+        (SAVES, [signal.SIGINT], 128 + signal.SIGINT, "INT\n"),
+        ("true", [signal.SIGTERM], 7, "TERM\n"),
+    ],
+    ids=["once", "twice", "another", "without a checkpoint"],
+)
+def test_the_first_sigterm_comes_as_the_signal_that_is_not_followed_by_a_kill(
+    says: str, signals: list[int], code: int, got: str, executable: Executable, tmp_path: Path
+) -> None:
+    once = len(signals) == 1
+    traps = f"trap 'echo USR2 >> {tmp_path}/got; {'exit 0' if once else ':'}' USR2; "
+    traps += f"trap 'echo TERM >> {tmp_path}/got; exit 7' TERM; trap 'echo INT >> {tmp_path}/got; exit 0' INT; "
+    launcher = executable("bin/launcher", f"{traps} {says}; touch {tmp_path}/up; while :; do sleep 0.05; done")
+    endings = Endings(size=2)
+
+    def tell() -> None:
+        until(lambda: (tmp_path / "up").exists() and endings.saves == (says == SAVES))
+        for count, number in enumerate(signals):
+            os.kill(os.getpid(), number)
+            until(lambda count=count: (tmp_path / "got").exists() and lines() > count)  # type: ignore[misc]
+
+    def lines() -> int:
+        return len((tmp_path / "got").read_text().splitlines())
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    assert supervision.supervise([str(launcher)], dict(os.environ), endings) == code
+    assert (tmp_path / "got").read_text() == got
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
