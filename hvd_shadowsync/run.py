@@ -230,7 +230,7 @@ def _attempt(command: Sequence[str], environ: Mapping[str, str], launch: Launch,
         code = supervise(command, {**environ, agent.BEGUN: endings.begun_file}, endings, received)
     if not launch.outlives_ranks:
         return End(code, bool(received), endings.trains)
-    code = judge(code, launch.size, endings, strict=strict)
+    code = judge(code, launch.size, endings, strict=strict, told=bool(received))
     return End(code, bool(received), endings.trains, complete=code == LOST_CODE and strict and bool(endings.ended))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+import re
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,6 +24,7 @@ from hvd_shadowsync.comm import job, spares
 from hvd_shadowsync.comm.tuning import tune_environment
 from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimizer
 from hvd_shadowsync.distributed import communicator_of
+from hvd_shadowsync.errors import ShadowSyncError
 from hvd_shadowsync.optimizer import close_all
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,11 @@ logger = logging.getLogger(__name__)
 CYCLE_TIME_MS = "20"
 LOCAL_RANK, LOCAL_SIZE = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
 
+COLLECTIVE = [
+    name for name in dir(_horovod)
+    if re.match("allgather|allreduce|alltoall|barrier|broadcast|grouped|join|reducescatter|sparse", name)
+]  # fmt: skip
+"""Horovod's calls that communicate."""
 __all__ = sorted({name for name in dir(_horovod) if not name.startswith("_")} | {"DistributedOptimizer"})
 
 
@@ -41,7 +49,8 @@ def init(*args: Any, **kwargs: Any) -> Any:
 
     In a job that outlives its ranks (`shadowrun --fault-tolerant`) Horovod itself is not initialised, since it ends the
     job when a rank is lost: `rank`, `size`, `local_rank` and `local_size` are those that the job began with, the
-    optimizer and the two broadcasts below are ours anyway, and Horovod's other calls raise its "not initialized".
+    optimizer and the two broadcasts below are ours anyway, and Horovod's other collective calls raise
+    `ShadowSyncError`.
 
     Arguments and result are those of `horovod.torch.init`.
     """
@@ -105,3 +114,15 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int =
 
 def __getattr__(name: str) -> Any:
     return getattr(_horovod, name)
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise ShadowSyncError(
+        f"hvd.{name}() is Horovod's, which a lost rank would end, and this job outlives its ranks; use "
+        "optimizer.shadow.gather(value), which returns every rank's value, or start without --fault-tolerant"
+    )
+
+
+if job.is_started_to_outlive_ranks():
+    _OURS = {"broadcast_parameters", "broadcast_optimizer_state"}
+    globals().update({each: partial(_refuse, each) for each in COLLECTIVE if each not in _OURS})

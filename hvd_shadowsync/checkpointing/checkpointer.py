@@ -302,11 +302,13 @@ class Checkpointer:
         self._ending = True
         self._tell_to_end()
         logger.warning(
-            "rank %d was told to end at step %d; a last checkpoint is made", self._sync.rank, self._sync.steps
+            "rank %d was told to end at step %d: a last checkpoint is to be made", self._sync.rank, self._sync.steps
         )
         self._drop_capture()
         self._sync.end()
-        written = not self._writes or self._write_live() is not None
+        written = not self._writes or (path := self._write_live()) is not None
+        if self._writes and written:
+            logger.warning("%s is the last checkpoint", path)
         if self._tables:
             self._sync.end()  # until then this rank's thread writes rows for rank 0
         self._leave()

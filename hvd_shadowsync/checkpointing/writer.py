@@ -134,7 +134,7 @@ class Writer:
             self.counters.last_error = str(error) if isinstance(error, CheckpointError) else repr(error)
             expected = isinstance(error, (OSError, CheckpointError, SafetensorError))
             logger.error(
-                "no checkpoint of step %d in %s: %s; training goes on, and the earlier checkpoints stay",
+                "no checkpoint of step %d in %s: %s; earlier ones stay",
                 content.step, self._folder, self.counters.last_error, exc_info=not expected,
             )  # fmt: skip
             return

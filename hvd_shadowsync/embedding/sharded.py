@@ -529,7 +529,7 @@ class ShardedEmbeddingBag(nn.Module):
                     f"a rank was lost ({gone}), and with it the rows of the sharded tables that were its own; {error}; "
                     "start the job again from its last checkpoint"
                 )
-                raise self._end from lost
+                raise self._end from None
 
     def _let_others_watch(self) -> None:
         """Let the other modules of the training thread, where this is that, notice losses by themselves from now on.

@@ -201,12 +201,18 @@ def _cut_in_time(network: Network, cut: Cut) -> None:
         ignore_signals()
         time.sleep(cut.start_s)
         set_link(network, cut.link, whole=False)
+        _say(f"the link of {cut.link} is cut, {cut.start_s:g} s after the hosts were there")
         if cut.seconds is not None:
             time.sleep(cut.seconds)
             set_link(network, cut.link, whole=True)
+            _say(f"the link of {cut.link} is whole again")
         return 0
 
     forked(body)
+
+
+def _say(what: str) -> None:
+    os.write(2, f"hvd_shadowsync.emulated: {what}\n".encode())
 
 
 def _has_netem() -> bool:

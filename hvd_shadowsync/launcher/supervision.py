@@ -36,7 +36,8 @@ def supervise(
     Open MPI's launcher then.
 
     horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
-    MPICH's mpirun exits with 0 after a signal: the code is then the signal's.
+    After a signal the code is that signal's, unless ranks have made a last checkpoint: MPICH's mpirun exits with 0, and
+    Open MPI's with 1.
     """
     received = [] if received is None else received
     child: subprocess.Popen[bytes] | None = None
@@ -70,13 +71,13 @@ def supervise(
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
+    if received and not saves:
+        return 128 + received[0]
     if endings is not None and endings.overdue:
         return int(endings.aborts)
     if endings is not None and endings.host_away and code == 0:
         return 1
-    if code < 0:
-        return 128 - code
-    return 128 + received[0] if received and code == 0 and not saves else code
+    return 128 - code if code < 0 else code
 
 
 def _terminate_with_parent() -> None:
@@ -192,10 +193,11 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
-def judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
+def judge(code: int, size: int, endings: Endings, *, strict: bool, told: bool = False) -> int:
     """Return the exit code of a job that outlives its ranks, where its launcher's is `code`; say what was lost.
 
-    Lost is also who was there when the others left, and did not come to its own end.
+    Lost is also who was there when the others left, and did not come to its own end. Where `shadowrun` was `told` to
+    end the job nobody needs to hear that it did.
     """
     if endings.never_began is not None and not endings.begun:
         rank, own = endings.never_began
@@ -203,7 +205,8 @@ def judge(code: int, size: int, endings: Endings, *, strict: bool) -> int:
         return own if own > 0 else 128 - own
     lost = endings.lost | (set(range(size)) - endings.ended)
     if not endings.ended:
-        print("shadowrun: no rank came to its end (or none imports hvd_shadowsync)", file=sys.stderr)
+        if not told:
+            print("shadowrun: no rank came to its end (or none imports hvd_shadowsync)", file=sys.stderr)
         return code or 1
     if lost:
         listed = ", ".join(map(str, sorted(lost)))

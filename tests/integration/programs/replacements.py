@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync
+from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync, ShadowSyncError
 from hvd_shadowsync.comm import spares
 
 known = spares.here()
@@ -60,6 +60,13 @@ def numbers_of_the_drop_in() -> list[int]:
     import hvd_shadowsync.torch as hvd
 
     hvd.init()
+    for call in (hvd.allreduce, hvd.broadcast_object, hvd.join):
+        try:
+            call(torch.zeros(1))
+        except ShadowSyncError as error:
+            assert "optimizer.shadow.gather" in str(error)
+        else:
+            raise AssertionError("it is Horovod's")
     return [hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size()]
 
 

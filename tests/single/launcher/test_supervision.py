@@ -152,7 +152,7 @@ SAVES = "echo 'hvd_shadowsync: a last checkpoint is made at a signal' >&2"
         (SAVES, [signal.SIGTERM], 0, "USR2\n"),
         (SAVES, [signal.SIGTERM, signal.SIGTERM], 7, "USR2\nTERM\n"),
         (SAVES, [signal.SIGINT], 128 + signal.SIGINT, "INT\n"),
-        ("true", [signal.SIGTERM], 7, "TERM\n"),
+        ("true", [signal.SIGTERM], 128 + signal.SIGTERM, "TERM\n"),
     ],
     ids=["once", "twice", "another", "without a checkpoint"],
 )
