@@ -12,7 +12,6 @@ import functools
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -55,6 +54,12 @@ _LOST: set[int] = set()
 _HEARD = True
 
 
+def tell(line: str) -> None:
+    """Write a line to this process's stderr, whatever the program has made of `sys.stderr`; never fails."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
 def note_lost(ranks: Iterable[int]) -> list[int]:
     """Take note that ranks of the job are lost; return those of which that was not known."""
     new = sorted(set(ranks) - _LOST)
@@ -78,16 +83,14 @@ def note_started() -> None:
     """Let the process that has started this one know that MPI is initialised, on all ranks, and `shadowrun` as well."""
     if is_speaker():
         _say(rank.STARTED)
-        sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} has begun\n")
-        sys.stderr.flush()
+        tell(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} has begun")
 
 
 @functools.cache
 def note_training() -> None:
     """Let `shadowrun` know, if it wants to, that a rank has come to its first training step."""
     if os.environ.get(TRAINING_VARIABLE):
-        sys.stderr.write("hvd_shadowsync: training has begun\n")
-        sys.stderr.flush()
+        tell("hvd_shadowsync: training has begun")
 
 
 def end_signal() -> signal.Signals | None:
@@ -109,8 +112,7 @@ def heedless() -> Iterator[None]:
 
 def note_last_checkpoint() -> None:
     """Let `shadowrun` know that this job makes a last checkpoint at `END_SIGNAL`."""
-    sys.stderr.write("hvd_shadowsync: a last checkpoint is made at a signal\n")
-    sys.stderr.flush()
+    tell("hvd_shadowsync: a last checkpoint is made at a signal")
 
 
 def end_well() -> None:
@@ -128,8 +130,7 @@ def _end(pid: int) -> None:
         _say(rank.ENDED)
     if speaks and _HEARD:
         lost = " ".join(map(str, sorted(_LOST))) or "none"
-        sys.stderr.write(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}\n")
-        sys.stderr.flush()
+        tell(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}")
     if _LOST or speaks:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(FINALIZE_S if _LOST else UNNOTICED_S)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hvd_shadowsync.ending import tell
+
+MOST_SIGNALS = 64
 VARIABLE = "SHADOWRUN_RESTARTS"
 """How often the job was started again so far, for its ranks."""
 
@@ -31,7 +33,7 @@ class End:
         """Why another attempt would be wrong, or in vain; "" where nobody needs to be told, None for an attempt."""
         if self.told or self.complete or self.code == 0:
             return ""
-        if not self.trained and self.code < 128:
+        if not self.trained and not 128 < self.code <= 128 + MOST_SIGNALS:
             return "no rank had come to its first training step, so it would end the same way again"
         return None
 
@@ -57,4 +59,4 @@ def run_with_restarts(attempt: Callable[[int], End], most: int) -> int:
 
 
 def _say(what: str) -> None:
-    print(f"shadowrun: {what}", file=sys.stderr, flush=True)
+    tell(f"shadowrun: {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from hvd_shadowsync.comm import spares
-from hvd_shadowsync.ending import note_started
+from hvd_shadowsync.ending import note_started, tell
 from hvd_shadowsync.errors import CutOffError, ShadowSyncError, TransportError
 
 _PROCESS = os.getpid()
@@ -150,6 +151,7 @@ def _mpi_of_job() -> Any:
 
 
 def _say(text: str) -> None:
-    print(f"hvd_shadowsync: {text}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # whatever the program has put there
+            stream.flush()
+    tell(f"hvd_shadowsync: {text}")

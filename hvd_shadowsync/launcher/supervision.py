@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
-from hvd_shadowsync.ending import END_SIGNAL, MARKS, Endings
+from hvd_shadowsync.ending import END_SIGNAL, MARKS, Endings, tell
 from hvd_shadowsync.launcher.command import FORWARDED_SIGNALS
 
 GRACE_S = 10.0
@@ -103,13 +104,12 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     def end_overdue() -> None:
         if child.poll() is None:
             endings.overdue = True
-            print("shadowrun: mpirun waits for a host that it cannot reach, and is ended", file=sys.stderr, flush=True)
+            tell("shadowrun: mpirun waits for a host that it cannot reach, and is ended")
             _end_session(child)
 
     timers: dict[str, threading.Timer] = {}
     for text in _pieces(child.stderr.fileno()):
-        sys.stderr.buffer.write(endings.without(text))
-        sys.stderr.buffer.flush()
+        _show(endings.without(text))
         if endings.begun and endings.begun_file:
             Path(endings.begun_file).touch()
         if endings.never_began is not None and "begun" not in timers:
@@ -121,6 +121,13 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     child.wait()
     for each in timers.values():
         each.cancel()
+
+
+def _show(text: bytes) -> None:
+    """Write to stderr; what cannot be written there (a full disk) is dropped, as ranks' ends have to be heard on."""
+    with contextlib.suppress(OSError):
+        while text:
+            text = text[os.write(2, text) :]
 
 
 def _pieces(descriptor: int) -> Iterator[bytes]:
@@ -201,14 +208,14 @@ def judge(code: int, size: int, endings: Endings, *, strict: bool, told: bool = 
     """
     if endings.never_began is not None and not endings.begun:
         rank, own = endings.never_began
-        print(f"shadowrun: rank {rank} ended with code {own} before MPI was initialised: the job ends", file=sys.stderr)
+        tell(f"shadowrun: rank {rank} ended with code {own} before MPI was initialised: the job ends")
         return own if own > 0 else 128 - own
     lost = endings.lost | (set(range(size)) - endings.ended)
     if not endings.ended:
         if not told:
-            print("shadowrun: no rank came to its end (or none imports hvd_shadowsync)", file=sys.stderr)
+            tell("shadowrun: no rank came to its end (or none imports hvd_shadowsync)")
         return code or 1
     if lost:
         listed = ", ".join(map(str, sorted(lost)))
-        print(f"shadowrun: lost ranks: {listed}; {len(endings.ended)} came to their end", file=sys.stderr)
+        tell(f"shadowrun: lost ranks: {listed}; {len(endings.ended)} came to their end")
     return code or (LOST_CODE if strict and lost else 0)

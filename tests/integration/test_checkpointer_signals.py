@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ONE_HOST, Job, Outcome, find_mpi, launch, mpirun
+from launching import ONE_HOST, Job, Outcome, find_mpi, launch, mpirun, shadowrun
 
 from hvd_shadowsync import Checkpointer, checkpoint
 
@@ -65,6 +65,11 @@ def require_last(folder: Path, outcome: Outcome) -> None:
     assert steps >= min(told) >= 20
 
 
+def test_a_signal_to_one_rank_of_a_job_that_outlives_its_ranks(tmp_path: Path) -> None:
+    outcome = run_case("with_tables", tmp_path, tell(1), start=shadowrun(2, "--strict")).require_success()
+    require_last(tmp_path / "checkpoints", outcome)
+
+
 def test_a_job_of_another_size_goes_on(tmp_path: Path) -> None:
     run_case("with_tables", tmp_path, tell(0, 1)).require_success()
     first = Checkpointer.latest(tmp_path / "checkpoints")
@@ -84,17 +89,20 @@ def test_a_signal_that_the_launcher_passes_on(tmp_path: Path) -> None:
     assert Checkpointer.latest(tmp_path / "checkpoints") is not None
 
 
-@pytest.mark.parametrize("options", [[], ["--fault-tolerant", "--respawn", "1"], ["--restarts", "1"]], ids=str)
-def test_sigterm_of_shadowrun_makes_a_last_checkpoint_and_a_clean_exit(options: list[str], tmp_path: Path) -> None:
-    mpi = find_mpi()
-    if mpi.kind != "openmpi" or (options[:1] == ["--fault-tolerant"] and mpi.version < (5,)):
-        pytest.skip(f"needs Open MPI, {mpi.mpirun} is of {mpi.kind} {'.'.join(map(str, mpi.version))}")
+@pytest.mark.parametrize(
+    ("fault_tolerant", "options"), [(False, []), (True, ["--respawn", "1"]), (False, ["--restarts", "1"])], ids=str
+)
+def test_sigterm_of_shadowrun_makes_a_last_checkpoint_and_a_clean_exit(
+    fault_tolerant: bool, options: list[str], tmp_path: Path
+) -> None:
+    if find_mpi().kind != "openmpi":
+        pytest.skip(f"needs Open MPI, {find_mpi().mpirun} is none")
 
     def during(job: Job) -> None:
         job.await_event("trains", ranks=2)
         job.send(signal.SIGTERM)
 
-    start = [sys.executable, "-m", "hvd_shadowsync.run", "-np", "2", *options]
+    start = shadowrun(2, *options, fault_tolerant=fault_tolerant)
     outcome = run_case("with_default_signals", tmp_path, during, start=start).require_success()
     require_last(tmp_path / "checkpoints", outcome)
     assert "a last checkpoint is made at a signal" not in outcome.errors

@@ -7,10 +7,11 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from launching import ONE_HOST, Job, Outcome, launch, mpirun
+from launching import ONE_HOST, Job, Outcome, launch, mpirun, shadowrun
 
 from hvd_shadowsync.checkpointing import Checkpointer
 
@@ -19,9 +20,12 @@ PROMPT_S = 10.0
 """How soon the whole job is to end after one rank's exception."""
 
 
-def run_case(case: str, folder: Path, *, ranks: int = 2, timeout_s: float = 60.0, **options: object) -> Outcome:
-    command = [*mpirun(ranks), sys.executable, str(PROGRAMS / "endings.py"), case]
-    return launch(command, folder, timeout_s=timeout_s, environ=ONE_HOST, **options)
+def run_case(
+    case: str, folder: Path, *, ranks: int = 2, timeout_s: float = 60.0, start: list[str] | None = None, **more: Any
+) -> Outcome:
+    start = mpirun(ranks) if start is None else start
+    command = [*start, sys.executable, str(PROGRAMS / "endings.py"), case]
+    return launch(command, folder, timeout_s=timeout_s, environ=ONE_HOST, **more)
 
 
 def require_end(outcome: Outcome, *, since: str | None = None) -> None:
@@ -109,13 +113,22 @@ def test_an_error_in_the_shadow_thread_that_the_script_reports_by_itself(tmp_pat
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("case", ["all_replicas_get_bad", "all_replicas_of_a_center_get_bad"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("case", "ranks", "fault_tolerant"),
+    [
+        ("all_replicas_get_bad", 2, True),
+        ("all_replicas_get_bad", 4, False),
+        ("all_replicas_of_a_center_get_bad", 2, False),
+        ("all_replicas_of_a_center_get_bad", 4, True),
+    ],
+)
 def test_replicas_that_are_all_bad_end_the_job_before_the_last_good_checkpoint_is_overwritten(
-    case: str, ranks: int, tmp_path: Path
+    case: str, ranks: int, fault_tolerant: bool, tmp_path: Path
 ) -> None:
-    outcome = run_case(case, tmp_path, ranks=ranks, timeout_s=150.0)
+    start = shadowrun(ranks) if fault_tolerant else mpirun(ranks)
+    outcome = run_case(case, tmp_path, ranks=ranks, timeout_s=150.0, start=start)
     require_end(outcome)
+    assert outcome.events("raised")
     for each in outcome.events("raised"):
         assert re.search(rf"all replicas hold NaN or infinity: here \(rank {each['rank']}\) \S+ has NaN", each["text"])
     latest = Checkpointer.latest(tmp_path / "checkpoints")
@@ -124,10 +137,13 @@ def test_replicas_that_are_all_bad_end_the_job_before_the_last_good_checkpoint_i
     assert all(bool(each.isfinite().all()) for each in model.values())
 
 
-@pytest.mark.parametrize("case", ["trains_on", "waits_in_close"])
-def test_a_killed_rank_ends_the_job(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [("trains_on", signal.SIGKILL), ("trains_on", signal.SIGSEGV), ("waits_in_close", signal.SIGKILL)],
+)
+def test_a_killed_rank_ends_the_job(case: str, number: int, tmp_path: Path) -> None:
     def kill(job: Job) -> None:
-        os.kill(job.await_event("trains", ranks=2)[1], signal.SIGKILL)
+        os.kill(job.await_event("trains", ranks=2)[1], number)
 
     outcome = run_case(case, tmp_path, during=kill)
     require_end(outcome, since="trains")

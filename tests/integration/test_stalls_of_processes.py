@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from launching import ONE_HOST, Job, Outcome, find_mpi, launch, mpirun
+from launching import ONE_HOST, Job, Outcome, launch, mpirun, shadowrun
 
 PROGRAM = Path(__file__).parent / "programs" / "stalls.py"
 RANKS = 3
@@ -23,12 +24,7 @@ PROMPT_S = 20.0
 def run(
     folder: Path, during: Callable[[Job], None], case: str = "mean", *, fault_tolerant: bool = False, **options: object
 ) -> Outcome:
-    command = mpirun(RANKS)
-    if fault_tolerant:
-        mpi = find_mpi()
-        if mpi.kind != "openmpi" or mpi.version < (5,):
-            pytest.skip("a job that outlives its ranks needs Open MPI 5")
-        command = [sys.executable, "-m", "hvd_shadowsync.run", "--fault-tolerant", "-np", str(RANKS)]
+    command = shadowrun(RANKS) if fault_tolerant else mpirun(RANKS)
     words = [f"{name}={value!r}" for name, value in options.items()]
     command = [*command, sys.executable, str(PROGRAM), case, *words]
     return launch(command, folder, timeout_s=LONGEST_S, environ=ONE_HOST, during=during)
@@ -58,8 +54,10 @@ def require_training(job: Job, ranks: list[int]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("case", "stopped"), [("mean", 1), ("easgd", 0)])
-def test_the_others_train_on_say_who_is_stopped_and_meet_it_again(case: str, stopped: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "stopped", "fault_tolerant"), [("mean", 1, True), ("easgd", 0, False)])
+def test_the_others_train_on_say_who_is_stopped_and_meet_it_again(
+    case: str, stopped: int, fault_tolerant: bool, tmp_path: Path
+) -> None:
     others = [rank for rank in range(RANKS) if rank != stopped]
     named: list[str] = []
 
@@ -75,15 +73,19 @@ def test_the_others_train_on_say_who_is_stopped_and_meet_it_again(case: str, sto
         require_training(job, list(range(RANKS)))
         (job.folder / "enough").touch()
 
-    outcome = run(tmp_path, stop_for_a_while, case, stall_warning_s=1.0).require_success()
+    outcome = run(
+        tmp_path, stop_for_a_while, case, fault_tolerant=fault_tolerant, stall_warning_s=1.0
+    ).require_success()
     assert f"rank {others[0]} on" in named[0]
     assert [each["what"] for each in outcome.events("trained")] == [str(RANKS)] * RANKS
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"foreground": True}, {"end_job_on_exception": False}], ids=["background", "foreground", "caught"]
+    "options",
+    [{}, {"foreground": True}, {"end_job_on_exception": False}, {"fault_tolerant": True}],
+    ids=["background", "foreground", "caught", "outlives ranks"],
 )
-def test_a_stopped_rank_ends_the_job_after_the_time_out(options: dict[str, object], tmp_path: Path) -> None:
+def test_a_stopped_rank_ends_the_job_after_the_time_out(options: dict[str, Any], tmp_path: Path) -> None:
     began: list[float] = []
 
     def stop(job: Job) -> None:

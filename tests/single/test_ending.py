@@ -120,6 +120,12 @@ def test_a_rank_says_how_it_ended_and_a_program_that_it_starts_does_not() -> Non
     assert said_by(STARTS_ANOTHER, RANK) == "done\nhvd_shadowsync: rank 2 ended; lost: none\n"
 
 
+@pytest.mark.parametrize("instead", ["open(os.devnull, 'w')", "None", "open('/dev/full', 'w')"])
+def test_a_rank_says_how_it_ended_whatever_its_program_makes_of_stderr(instead: str) -> None:
+    program = f"import os, sys\nimport hvd_shadowsync.ending\nsys.stderr = {instead}"
+    assert said_by(program, RANK) == "hvd_shadowsync: rank 2 ended; lost: none\n"
+
+
 def test_what_is_no_rank_says_nothing() -> None:
     """Such as the processes between shadowrun and the ranks on emulated hosts."""
     assert said_by("import hvd_shadowsync.ending", {ending.VARIABLE: "1"}) == ""

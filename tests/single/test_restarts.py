@@ -28,11 +28,12 @@ KILLED = End(137)
         ([End(1)], 3, 1),  # it would end the same way
         ([FAILED, End(1)], 3, 2),
         ([KILLED, KILLED], 1, 2),  # before the first step, but by a signal
+        ([End(213)], 1, 1),  # mpirun's own, which has started nothing
         ([End(143, told=True, trained=True)], 3, 1),
         ([End(3, trained=True, complete=True)], 3, 1),
     ],
 )
-def test_attempts(ends: list[End], most: int, attempts: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attempts(ends: list[End], most: int, attempts: int, capfd: pytest.CaptureFixture[str]) -> None:
     numbers: list[int] = []
 
     def attempt(number: int) -> End:
@@ -41,7 +42,7 @@ def test_attempts(ends: list[End], most: int, attempts: int, capsys: pytest.Capt
 
     assert run_with_restarts(attempt, most) == ends[attempts - 1].code
     assert numbers == list(range(attempts))
-    assert capsys.readouterr().err.count("started again (") == attempts - 1
+    assert capfd.readouterr().err.count("started again (") == attempts - 1
 
 
 def test_that_training_has_begun_is_heard_among_progress_bars() -> None:

@@ -136,12 +136,12 @@ def test_supervises_it_otherwise_and_says_that_sigterm_is_passed_on(bare: Path, 
 
 
 def test_a_job_that_outlives_its_ranks_and_fails_is_no_matter_of_restarts(
-    bare: Path, executable: Executable, capsys: pytest.CaptureFixture[str]
+    bare: Path, executable: Executable, capfd: pytest.CaptureFixture[str]
 ) -> None:
     executable("path/mpirun", f'[ "$1" = --version ] && {OMPI_5} && exit 0; exit 6')
     executable("path/train", "exit 1")
     assert run.main(["-np", "2", "--fault-tolerant", "train"]) == 6
-    assert "started again" not in capsys.readouterr().err
+    assert "started again" not in capfd.readouterr().err
 
 
 def test_supervises_horovodrun(bare: Path, executable: Executable) -> None:

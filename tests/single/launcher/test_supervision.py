@@ -185,3 +185,15 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_ends_are_heard_where_stderr_cannot_be_written(executable: Executable) -> None:
+    launcher = executable("bin/launcher", f"echo a line >&2; {LEAVES} exit 0")
+    program = "import os, sys; from hvd_shadowsync.launcher.supervision import *\nendings = Endings(size=1)\n"
+    program += "print(judge(supervise(sys.argv[1:], os.environ, endings), 1, endings, strict=False), endings.ended)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(launcher)], stdout=subprocess.PIPE, stderr=full, timeout=60
+        )
+    assert done.stdout == b"0 {0}\n"
