@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 shadowrun -np 2 python benchmarks/soak.py --minutes 30
 
 Each algorithm has its share of the time, one after the other in the same processes, with a Checkpointer that writes
-all the while. Each rank looks once a second at what it has; the medians of the second quarter of a share (in the first
-one all memory is had once) are set against those of the last: a checkpoint's copy, which is there at some looks and not
-at others, is no growth. Raw results are kept in benchmarks/raw/soak.json.
+all the while. Each rank looks once a second at what it has; the least of the second quarter of a share (in the first
+one all memory is had once) is set against the least of the last: a checkpoint's copy, which is there at some looks and
+not at others, is no growth. Raw results are kept in benchmarks/raw/soak.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import tempfile
 import threading
 import time
@@ -89,7 +88,7 @@ def soak(options: dict[str, Any], arguments: argparse.Namespace) -> list[dict[st
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seconds: float) -> dict[str, int]:
-    """Train; return the medians of what this process had at each look."""
+    """Train; return the least of what this process had at any look."""
     width = next(model.parameters()).shape[0]
     deadline, next_look, looks = time.monotonic() + seconds, 0.0, []
     while (now := time.monotonic()) < deadline:
@@ -99,7 +98,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seconds: flo
         if now >= next_look:
             next_look = now + LOOK_S
             looks.append(usage())
-    return {name: int(statistics.median(look[name] for look in looks)) for name in looks[0]}
+    return {name: min(look[name] for look in looks) for name in looks[0]}
 
 
 def usage() -> dict[str, int]:
