@@ -19,7 +19,7 @@ except ImportError as error:
         "compiled as C++17, see the README), or use hvd_shadowsync.ShadowSync, which needs mpi4py alone"
     ) from error
 
-from hvd_shadowsync import broadcast
+from hvd_shadowsync import broadcast as broadcasts
 from hvd_shadowsync.comm import job, spares
 from hvd_shadowsync.comm.tuning import tune_environment
 from hvd_shadowsync.distributed import DistributedOptimizer as DistributedOptimizer
@@ -102,14 +102,14 @@ def local_size() -> int:
 def broadcast_parameters(params: Any, root_rank: int = 0, process_set: Any = None) -> None:
     """`hvd_shadowsync.broadcast_parameters` with Horovod's signature."""
     members = communicator_of(process_set)
-    broadcast.broadcast_parameters(params, root_rank, communicator=members)
+    broadcasts.broadcast_parameters(params, root_rank, communicator=members)
     if members is not None:
         members.free()
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int = 0, model: Any = None) -> None:
     """`hvd_shadowsync.broadcast_optimizer_state` with Horovod's signature; `model` is not needed."""
-    broadcast.broadcast_optimizer_state(optimizer, root_rank)
+    broadcasts.broadcast_optimizer_state(optimizer, root_rank)
 
 
 def __getattr__(name: str) -> Any:

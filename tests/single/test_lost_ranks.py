@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,6 +101,46 @@ def test_ranks_of_several_hosts_are_lost_one_after_the_other_down_to_one(size: i
         ended = run(size, kill, hosts=[0, 0, 1, 1], algorithm=algorithm, sync_every=1)
         assert ended
         require_alike(ended, size)
+
+
+@pytest.mark.leaves_threads
+def test_training_goes_on_while_the_others_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes."""
+    may_go_on, shrink = threading.Event(), Survivors._shrink
+
+    def wait_and_shrink(self: Survivors) -> None:
+        assert may_go_on.wait(TIMEOUT_S)
+        shrink(self)
+
+    monkeypatch.setattr(Survivors, "_shrink", wait_and_shrink)
+
+    def program(comm: Communicator) -> int:
+        assert isinstance(comm, local.LocalCommunicator)
+        model = make_model(seed=comm.rank)
+        optimizer = sgd(model)
+
+        def train(steps: int) -> None:
+            for step in range(steps):
+                optimizer.zero_grad()
+                loss_of(model, batch(comm.rank, step)).backward()
+                optimizer.step()
+
+        with ShadowSync(optimizer, model=model, communicator=comm, sync_every=1) as sync:
+            train(5)
+            if comm.rank == 2:
+                comm.die()
+            train(100)
+            assert sync.metrics()["ranks_lost"] == 0, "nobody could go on yet"
+            both.wait(TIMEOUT_S)
+            may_go_on.set()
+            deadline = time.monotonic() + TIMEOUT_S
+            while sync.metrics()["ranks_lost"] == 0:
+                assert time.monotonic() < deadline
+                train(1)
+            return sync.size
+
+    both = threading.Barrier(2)
+    assert local.run(3, program, timeout_s=TIMEOUT_S, kill={})[:2] == [2, 2]
 
 
 # --- what rounds remember ---------------------------------------------------------------------------------------------
