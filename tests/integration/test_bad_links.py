@@ -130,8 +130,8 @@ def enough(job: Job) -> None:
 @pytest.mark.parametrize(
     ("hosts", "algorithm", "fault_tolerant", "width"),
     [
-        (Network(2, "10mbit", loss="1%"), "S-MA", True, 8000),
-        (Network(2, "10mbit", loss="5%"), "S-EASGD", False, 8000),
+        (Network(2, "3mbit", loss="1%"), "S-MA", True, 2000),
+        (Network(2, "3mbit", loss="5%"), "S-EASGD", False, 2000),
         (Network(2, "100mbit", latency="100ms"), "S-MA", False, 12),
         (Network(2, "1mbit"), "S-EASGD", True, 1000),
     ],
@@ -153,7 +153,7 @@ def test_training_goes_on_over_bad_links(hosts: Hosts, algorithm: str, fault_tol
 def require_steps_during_rounds(outcome: Outcome) -> None:
     """Fail unless there were many steps from one round to the next, which takes a second and more on each link.
 
-    1.6 MB each way at 10 Mbit/s, 200 KB at 1 Mbit/s, some round trips of 200 ms.
+    400 KB each way at 3 Mbit/s, 200 KB at 1 Mbit/s, some round trips of 200 ms.
     """
     for rank in (0, 1):
         steps: dict[int, list[int]] = {}
