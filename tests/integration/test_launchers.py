@@ -127,6 +127,35 @@ def test_one_job_of_several_unbound_ranks(name: str, mpi: Mpi, start: Start, scr
         assert {report[3] for report in reports} == {str(max(1, cores // 3))}
 
 
+LISTENS = """
+import os, sys
+from mpi4py import MPI
+import hvd_shadowsync.comm.mpi as mpi
+comm = mpi.world()
+comm.allgather_object(None)
+files = [open(f"/proc/self/net/{name}").read().splitlines()[1:] for name in ("tcp", "tcp6")]
+inodes = {line.split()[9] for lines in files for line in lines if line.split()[3] == "0A"}
+fds = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
+own = {os.readlink(each) for each in fds if os.path.islink(each)}
+print("listens", sum(f"socket:[{inode}]" in own for inode in inodes), flush=True)
+comm.allgather_object(None)
+comm.free()
+"""
+
+
+def test_ranks_of_one_host_need_no_port(mpi: Mpi, start: Start) -> None:
+    if mpi.kind != "openmpi":
+        pytest.skip(f"the options are Open MPI's, {mpi.mpirun} is of {mpi.kind}")
+    ports = []
+    for options in ([], ["--mpirun-args", "--mca pml ob1 --mca btl self,sm"]):
+        process = start([*launcher("shadowrun", mpi, 2), *options, sys.executable, "-c", LISTENS])
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, errors
+        ports.append(sorted(line for line in output.splitlines() if line.startswith("listens")))
+    assert ports[1] == ["listens 0"] * 2
+    assert ports[0] != ports[1], "they were looked for where they are"
+
+
 @pytest.mark.parametrize("name", ["shadowrun", "shadowrun horovod"])
 def test_exit_code_of_the_job(name: str, mpi: Mpi, start: Start, script: Path, tmp_path: Path) -> None:
     process = start([*launcher(name, mpi, 2), sys.executable, str(script), str(tmp_path), "7"])

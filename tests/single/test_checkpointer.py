@@ -354,6 +354,23 @@ def test_steps_are_those_of_the_checkpoint_as_soon_as_it_is_loaded(
     assert {"step-3", "step-6", "step-9"} <= set(names(tmp_path))
 
 
+def test_files_have_the_rights_of_the_umask(tmp_path: Path) -> None:
+    def save(job: Any) -> None:
+        job.train(1)
+        job.checkpointer.save_now()
+        checkpoint.save(tmp_path / "one.pt", job.model, job.sync)
+
+    mask = os.umask(0o077)
+    try:
+        on_checkpointers(1, tmp_path / "new", save)
+    finally:
+        os.umask(mask)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert (tmp_path / "new" / "step-1").stat().st_mode & 0o777 == 0o700
+
+
 def test_nothing_there_is_a_fresh_start(tmp_path: Path) -> None:
     assert on_checkpointers(2, tmp_path / "new", lambda job: job.checkpointer.load_latest()) == [None, None]
     assert Checkpointer.latest(tmp_path / "nowhere") is None
