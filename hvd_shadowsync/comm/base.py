@@ -47,6 +47,8 @@ class Reserve(ABC):
     """Whether this process is one of them, and has to `join`."""
     shard: tuple[int, int]
     """The number of the rank that this process is, or takes the place of, and how many ranks there were at first."""
+    name: str
+    """Of the handle alone, the same in all processes of the job, also in those that join later; hexadecimal digits."""
 
     @abstractmethod
     def summon(self, numbers: Sequence[int]) -> None:

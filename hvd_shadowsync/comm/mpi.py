@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import threading
@@ -78,6 +79,7 @@ class MpiReserve(Reserve):
         self._spares, self._handle = known, handle
         assert known.number is not None, "it is a rank, or has been called"
         self.is_new, self.shard = known.is_spare, (known.number, known.size)
+        self.name = hashlib.sha256(f"{known.job} {handle}".encode()).hexdigest()
 
     def summon(self, numbers: Sequence[int]) -> None:
         """See `Reserve.summon`."""

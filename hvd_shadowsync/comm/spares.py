@@ -18,6 +18,7 @@ import struct
 import sys
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,8 @@ class Spares:
         self.work: Any = None
         """The communicator of the ranks, or of the spares."""
         self._pairs: dict[int, Any] = {}
+        self.job: str
+        """A name that no other job has, the same in all of this one's processes."""
         self._set_up()
         if self.number is not None:
             self._take_names(self.number)
@@ -118,8 +121,9 @@ class Spares:
         self._group = self._desk.group
         world = self._mpi.COMM_WORLD.group
         self._seats: list[int] = self._mpi.Group.Translate_ranks(self._group, list(range(base.size)), world)
-        people = base.allgather((os.environ.get(LOCAL_RANK_VARIABLE, "0"), self._mpi.Get_processor_name()))
-        self._people = dict(zip(self._seats, people, strict=True))
+        own = os.environ.get(LOCAL_RANK_VARIABLE, "0"), self._mpi.Get_processor_name()
+        people, names = zip(*base.allgather((own, uuid.uuid4().hex)), strict=True)
+        self._people, self.job = dict(zip(self._seats, people, strict=True)), names[0]
         spares = [seat for seat in self._seats if seat >= self.size]
         hosts = [seat for seat in self._seats if seat < self.size][:MOST_HOSTS]
         for spare in spares:

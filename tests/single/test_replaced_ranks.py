@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from ranks_as_threads import TIMEOUT_S, batch, flat, loss_of, make_model
 from torch import Tensor
 
-from hvd_shadowsync import BMUF, ElasticAveraging, ModelAveraging, ShadowSync
+from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
@@ -55,6 +57,10 @@ def run(size: int, kill: Mapping[int, int], *, spares: int, replaced: int, **opt
     program = lambda comm: job(comm, replaced=replaced, **options)  # noqa: E731
     ended = local.run(size, program, timeout_s=TIMEOUT_S, kill=kill, spares=spares)
     return [each for each in ended if each is not None]
+
+
+def has_replaced(sync: ShadowSync) -> bool:
+    return sync.metrics()["ranks_replaced"] == 1
 
 
 def require_alike(ended: list[Outcome]) -> None:
@@ -138,6 +144,29 @@ def test_what_the_new_one_gets() -> None:
     assert all((mine >= theirs - 1e-6).all() for mine, theirs in zip(new[1], first[1], strict=True))
     assert all(torch.equal(new[2][name], first[2][name]) for name in first[2])
     assert new[3:] == (1.0, 0.02, 2)
+
+
+@pytest.mark.parametrize("told", ["first", "new"])
+@pytest.mark.leaves_threads
+def test_all_end_when_one_is_told_to_after_another_has_joined(told: str, tmp_path: Path) -> None:
+    """By its checkpointers, which all ranks know each other's of, those of the new one as well."""
+
+    def program(comm: Communicator) -> float:
+        new, model = isinstance(comm, EchoCommunicator), make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        sync = ShadowSync(optimizer, model=model, communicator=comm, sync_every=1, stall_warning_s=None)
+        checkpointers = [Checkpointer(tmp_path / name, model, sync, every_s=1e9, end_signals=()) for name in "ab"]
+        with suppress(SystemExit):
+            for number in range(LATE):
+                step(sync, model, number)
+                if comm.rank == 1 and not new and number == 2:
+                    comm.die()  # type: ignore[attr-defined]
+                if (told == "new") == new and comm.rank in (0, 2) and sync.size == 3 and (new or has_replaced(sync)):
+                    checkpointers[-1].stop()
+        return sum(each.metrics()["checkpoints"] for each in checkpointers)
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={}, spares=1)
+    assert ended == [1, None, 0, 0]
 
 
 def test_a_job_that_is_over_before_the_new_one_is_ready() -> None:
