@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from hvd_shadowsync.comm.base import Communicator, Reserve
 from hvd_shadowsync.comm.whereabouts import CALL, RECOVERY, Whereabouts
-from hvd_shadowsync.ending import note_lost
+from hvd_shadowsync.ending import note_lost, note_replaced
 from hvd_shadowsync.errors import RankLostError, TransportError
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,10 @@ class Survivors:
 
     def join(self, begin: Callable[[Communicator], T]) -> T:
         """Begin as a rank that the others have just taken in (collective over all that are there)."""
-        self.new = {self.comm.members[self.comm.rank]}
+        own = self.comm.members[self.comm.rank]
+        note_lost([*self.lost, own])
+        note_replaced(own)
+        self.new = {own}
         return self._with_the_new(begin)
 
     def call_back(self) -> None:
@@ -162,6 +165,7 @@ class Survivors:
         reserve.settle(spare, joined=True)
         self.comm = grown
         self.new.add(number)
+        note_replaced(number)
         self._num_replaced += 1
         self._on_change(self._num_lost, self._num_replaced, self.recovery_s)
         logger.log(
@@ -189,8 +193,9 @@ class Survivors:
             )
         took_s = time.monotonic() - begun
         self.recovery_s += took_s
-        note_lost(self.lost)
-        gone = [self._name(number) for number in before if number not in self.comm.members]
+        now_lost = [number for number in before if number not in self.comm.members]
+        note_lost(now_lost)
+        gone = [self._name(number) for number in now_lost]
         self._num_lost += len(gone)
         self._on_change(self._num_lost, self._num_replaced, self.recovery_s)
         if gone:
