@@ -146,6 +146,38 @@ def test_what_the_new_one_gets() -> None:
     assert new[3:] == (1.0, 0.02, 2)
 
 
+@pytest.mark.parametrize("driver", DRIVERS, ids=["background", "foreground"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.leaves_threads
+def test_collective_calls_by_the_number_of_steps_are_made_together_with_the_new_one(
+    victim: int, algorithm: Algorithm, driver: dict[str, Any]
+) -> None:
+    """Whatever the others were doing when it was taken in: in a step, or in a call, or between two of one step."""
+
+    def program(comm: Communicator, every: int, calls: int) -> int:
+        new, model = isinstance(comm, EchoCommunicator), make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        options = {**driver, "algorithm": algorithm, "communicator": comm, "stall_warning_s": None}
+        with ShadowSync(optimizer, model=model, **options) as sync:
+            together = 0
+            while together < 4:
+                step(sync, model, sync.steps)
+                if comm.rank == victim and not new and sync.steps == 3:
+                    comm.die()  # type: ignore[attr-defined]
+                for call in range(calls) if sync.steps % every == 0 else ():
+                    said = sync.gather((sync.steps, call, new))
+                    assert len({each[:2] for each in said}) == 1, said
+                    together += any(each[2] for each in said)
+                    if call == 0:
+                        sync.synchronize()
+        return together
+
+    for every, calls in ((1, 1), (1, 2), (2, 1), (5, 2), (7, 1)):
+        ended = local.run(3, lambda comm: program(comm, every, calls), timeout_s=TIMEOUT_S, kill={}, spares=1)  # noqa: B023
+        assert ended == [None if number == victim else 4 for number in range(4)], f"every {every} steps, {calls}"
+
+
 @pytest.mark.parametrize("told", ["first", "new"])
 @pytest.mark.leaves_threads
 def test_all_end_when_one_is_told_to_after_another_has_joined(told: str, tmp_path: Path) -> None:
