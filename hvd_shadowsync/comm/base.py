@@ -58,6 +58,10 @@ class Reserve(ABC):
     def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
         """Return a process that is ready to join, and in the place of which of `numbers`; None where there is none."""
 
+    def answers(self, spare: int) -> bool:
+        """Whether a candidate is there at this moment (blocking, some seconds at most); the first rank calls this."""
+        return True
+
     @abstractmethod
     def meet(self, comm: Communicator, spare: int) -> Any:
         """Begin to take a process in, together with it (collective over `comm` and that process, blocking)."""

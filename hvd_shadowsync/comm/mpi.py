@@ -89,6 +89,10 @@ class MpiReserve(Reserve):
         """See `Reserve.candidate`."""
         return self._spares.candidate(self._handle, numbers)
 
+    def answers(self, spare: int) -> bool:
+        """See `Reserve.answers`."""
+        return self._spares.answers(self._handle, spare)
+
     def meet(self, comm: Communicator, spare: int) -> Any:
         """See `Reserve.meet`."""
         assert isinstance(comm, MpiCommunicator), "a job has one transport"

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from hvd_shadowsync.comm.base import Communicator, Reserve
-from hvd_shadowsync.comm.whereabouts import CALL, RECOVERY, Whereabouts
+from hvd_shadowsync.comm.whereabouts import CALL, NEWCOMER, RECOVERY, Whereabouts
 from hvd_shadowsync.ending import note_lost, note_replaced
 from hvd_shadowsync.errors import RankLostError, TransportError
 
@@ -104,7 +104,7 @@ class Survivors:
         """Leave the lost ranks behind, then `begin(comm)` together on those that are left (collective over them)."""
         with self.whereabouts.waiting(RECOVERY):
             self._shrink()
-            return self._with_the_new(begin)
+        return self._with_the_new(begin)
 
     def join(self, begin: Callable[[Communicator], T]) -> T:
         """Begin as a rank that the others have just taken in (collective over all that are there)."""
@@ -128,28 +128,35 @@ class Survivors:
             raise RankLostError("a lost rank is replaced")
 
     def _with_the_new(self, begin: Callable[[Communicator], T]) -> T:
-        while (found := self._to_take_in()) is not None:
-            self._take_in(*found)
-        begun = self.together(partial(self._begin, begin))
+        with self.whereabouts.waiting(RECOVERY):
+            found = self._to_take_in()
+        while found is not None:
+            with self.whereabouts.waiting(NEWCOMER.format(found[1])):
+                self._take_in(*found)
+                found = self._to_take_in()
+        with self.whereabouts.waiting(RECOVERY):
+            begun = self.together(partial(self._begin, begin))
         self.new = set()
         return begun
 
     def _begin(self, begin: Callable[[Communicator], T], comm: Communicator) -> T:
-        begun = begin(comm)
         if self.new and self.greet is not None:
-            self.greet(comm)
-        return begun
+            self.greet(comm)  # first, so that one that is stopped from here on is missed
+        return begin(comm)
 
     def _to_take_in(self) -> tuple[int, int] | None:
         """Return what the first rank says of who joins next: the process, and the number that it takes over."""
         if (reserve := self.reserve) is None:
             return None
-        found: tuple[int, int] | None = self.together(
-            lambda comm: comm.allgather_object(
-                reserve.candidate(self.lost) if self.admits and comm.rank == 0 else None,
-            )[0]
-        )  # fmt: skip
-        return found
+
+        def find(comm: Communicator) -> tuple[int, int] | None:
+            found = reserve.candidate(self.lost) if self.admits and comm.rank == 0 else None
+            while found is not None and not reserve.answers(found[0]):
+                found = reserve.candidate(self.lost)
+            first: tuple[int, int] | None = comm.allgather_object(found)[0]
+            return first
+
+        return self.together(find)
 
     def _take_in(self, spare: int, number: int) -> None:
         reserve = self.reserve

@@ -185,8 +185,8 @@ def test_spare_processes_are_not_waited_for_and_those_that_replace_a_rank_are(
 ) -> None:
     """A spare that is stopped would keep the launcher from ending."""
     endings = Endings(size=3, spares=1)
-    for rank, lost in said.items():
-        endings.without(f"hvd_shadowsync: rank {rank} ended; lost: {lost}\n".encode())
+    for number, lost in said.items():
+        endings.without(f"hvd_shadowsync: rank {number} ended; lost: {lost}\n".encode())
     assert endings.are_all is are_all
 
 
