@@ -498,7 +498,7 @@ class LocalCommunicator(Communicator):
 
     def declare_lost(self, rank: int) -> bool:
         """See `Communicator.declare_lost`; one process, so all ranks take it for lost."""
-        self._shared.fate.dead.add(self.members[rank])
+        self._shared.fate.dead.add(self._shared.processes[rank])
         return True
 
     def dup(self, *, linked: bool = True) -> Communicator:

@@ -418,7 +418,9 @@ class MpiCommunicator(Communicator):
 
     def declare_lost(self, rank: int) -> bool:
         """See `Communicator.declare_lost`."""
-        return self.outlives_ranks and runtime.declare_lost(self._mpi, self.members[rank])
+        world = self._mpi.COMM_WORLD
+        process = _members(self._mpi, self._comm, world, range(world.size))[rank]  # its number may be a lost one's
+        return self.outlives_ranks and runtime.declare_lost(self._mpi, process)
 
     def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""
