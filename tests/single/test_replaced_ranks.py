@@ -13,11 +13,12 @@ import torch
 from ranks_as_threads import TIMEOUT_S, batch, flat, loss_of, make_model
 from torch import Tensor
 
-from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync
+from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync, ending
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.echo import EchoCommunicator
+from hvd_shadowsync.comm.survivors import Survivors
 
 ALGORITHMS = [ModelAveraging(), ElasticAveraging(), BMUF(block_momentum=0.2, nesterov=True)]
 DRIVERS: list[dict[str, Any]] = [{"sync_every": 1}, {"sync_every": 1, "foreground": True}]
@@ -226,6 +227,24 @@ def test_a_job_that_is_over_before_the_new_one_is_ready() -> None:
         return sync.size
 
     assert local.run(2, program, timeout_s=TIMEOUT_S, kill={}, spares=1) == [1, None, None]
+
+
+def test_the_new_one_knows_who_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that it replaces: MPI_Finalize may wait for either."""
+    monkeypatch.setattr(ending, "_LOST", lost := set[int]())
+    monkeypatch.setattr(ending, "_REPLACED", replaced := set[int]())
+    left = local.LocalCommunicator(local.world(4, kill={})[0]._shared.of([2]), 0)
+    assert Survivors(left, everyone=range(4)).join(lambda comm: comm.members) == (2,)
+    assert (lost, replaced) == ({0, 1, 2, 3}, {2})
+
+
+@pytest.mark.leaves_threads
+def test_one_that_does_not_answer_when_all_have_come_to_take_it_in_joins_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, False, True])
+    monkeypatch.setattr(local.LocalReserve, "answers", lambda *_: next(answers))
+    ended = run(3, {1: 40}, spares=1, replaced=1, sync_every=1)
+    assert [count for count, *_ in ended] == [3, 3, 3]
+    assert next(answers, None) is None
 
 
 def test_spares_that_nobody_calls_end_with_the_others() -> None:
