@@ -263,15 +263,16 @@ class Spares:
         return True
 
     def _ask(self, handle: int, spare: int) -> int:
-        self._num_asked += 1
-        self._asked[spare] = self._num_asked
-        self._awaited.setdefault(spare, time.monotonic())
-        self._say([spare], Tag.ASK, handle, self._num_asked)
-        return self._num_asked
+        with self._lock:
+            question = self._num_asked = self._num_asked + 1
+            self._asked[spare] = question
+            self._awaited.setdefault(spare, time.monotonic())
+            self._say([spare], Tag.ASK, handle, question)
+        return question
 
     def _give_up_overdue(self) -> None:
         now, ready = time.monotonic(), set[int]().union(*self._ready.values())
-        for spare in self._called.keys() - ready - self._joined - self._given_up:
+        for spare in self._called.keys() - ready - self._joined - self._given_up - {self.me}:
             self._awaited.setdefault(spare, now)
         for spare in [each for each, since in self._awaited.items() if now - since > READY_S]:
             self._give_up(spare, READY_S)

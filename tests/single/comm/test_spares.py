@@ -181,6 +181,16 @@ def test_one_that_is_ready_and_not_wanted_yet_is_not_given_up(monkeypatch: pytes
     assert world.told(Tag.GIVEN_UP) == []
 
 
+def test_one_that_has_become_the_first_rank_does_not_give_itself_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(2, 4)
+    known = Spares(world, 2)
+    world.hear(0, Tag.CALL, 1)
+    known.look()
+    monkeypatch.setattr(spares, "READY_S", -1.0)
+    known.summon([0])
+    assert (world.told(Tag.CALL), world.told(Tag.GIVEN_UP)) == ([3], [])
+
+
 def test_one_of_the_first_ranks_has_to_be_left() -> None:
     """Another has no communicator with a spare."""
     for rank, can in ((MOST_HOSTS - 1, True), (MOST_HOSTS, False)):
