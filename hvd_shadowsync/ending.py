@@ -29,7 +29,7 @@ END_SIGNAL = signal.SIGUSR2
 RANK_VARIABLE = "OMPI_COMM_WORLD_RANK"
 SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 """The process that is a rank: programs that it starts have its environment, and import this as well, but are none."""
-ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)\n")
+ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)(?:; replaced: ([\d ]+))?\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
 TRAINS = re.compile(rb"hvd_shadowsync: training has begun\n")
 SAVES = re.compile(rb"hvd_shadowsync: a last checkpoint is made at a signal\n")
@@ -51,6 +51,7 @@ UNNOTICED_S = 30
 """The same where no rank is known to be lost: one may be, since the others have ceased to look."""
 
 _LOST: set[int] = set()
+_REPLACED: set[int] = set()
 _HEARD = True
 
 
@@ -62,9 +63,16 @@ def tell(line: str) -> None:
 
 def note_lost(ranks: Iterable[int]) -> list[int]:
     """Take note that ranks of the job are lost; return those of which that was not known."""
-    new = sorted(set(ranks) - _LOST)
-    _LOST.update(new)
+    lost = set(ranks)
+    new = sorted(lost - _LOST)
+    _LOST.update(lost)
+    _REPLACED.difference_update(lost)
     return new
+
+
+def note_replaced(rank: int) -> None:
+    """Take note that another process has taken the place of a lost rank: it is to come to its end as well."""
+    _REPLACED.add(rank)
 
 
 def is_speaker() -> bool:
@@ -130,6 +138,7 @@ def _end(pid: int) -> None:
         _say(rank.ENDED)
     if speaks and _HEARD:
         lost = " ".join(map(str, sorted(_LOST))) or "none"
+        lost += "; replaced: " + " ".join(map(str, sorted(_REPLACED))) if _REPLACED else ""
         tell(f"hvd_shadowsync: rank {os.environ[RANK_VARIABLE]} ended; lost: {lost}")
     if _LOST or speaks:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -147,19 +156,21 @@ class Endings:
     """What ranks have said of their beginnings and ends.
 
     Attributes:
-        ended, lost, begun: by rank of the job.
+        ended, lost, replaced, begun: by rank of the job; `lost` has those that were replaced as well.
         never_began: a rank that had not begun, and its code.
         trains: whether one has come to its first training step.
         saves: whether the job makes a last checkpoint at `END_SIGNAL`.
         aborts: whether one has ended the job.
         host_away: whether the launcher has ended the job as it cannot reach a host.
         overdue: whether the launcher had to be ended, when it had nothing left to wait for.
-        size: how many ranks there are, with spare ones.
+        size: how many ranks there are, without spare ones.
+        spares: how many spare ones there are.
         begun_file: is made once a rank has begun; "": none.
     """
 
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
+    replaced: set[int] = field(default_factory=set)
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
     trains: bool = False
@@ -168,18 +179,24 @@ class Endings:
     host_away: bool = False
     overdue: bool = False
     size: int = 0
+    spares: int = 0
     begun_file: str = ""
 
     @property
     def are_all(self) -> bool:
-        """Whether the launcher has nothing left to wait for: of ranks that are lost it may never hear."""
-        return self.aborts or (bool(self.lost) and self.ended | self.lost >= set(range(self.size)))
+        """Whether the launcher has nothing left to wait for: of ranks that are lost it may never hear.
+
+        Nor of the end of a spare that is stopped, or hangs.
+        """
+        may_wait, away = bool(self.lost) or self.spares > 0, self.lost - self.replaced
+        return self.aborts or (may_wait and self.ended | away >= set(range(self.size)))
 
     def without(self, text: bytes) -> bytes:
         """Take note of what `text` says, where it is of a rank's end; return what else is in it."""
-        for number, lost in ENDED.findall(text):
+        for number, lost, replaced in ENDED.findall(text):
             self.ended.add(int(number))
             self.lost.update(map(int, lost.split() if lost != b"none" else ()))
+            self.replaced.update(map(int, replaced.split()))
         self.begun.update(map(int, BEGUN.findall(text)))
         self.host_away = self.host_away or HOST_AWAY in text
         self.aborts = self.aborts or ABORTS.search(text) is not None

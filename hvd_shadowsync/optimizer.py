@@ -7,6 +7,7 @@ import itertools
 import logging
 import platform
 import threading
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -360,6 +361,11 @@ class ShadowSync:
     def has_joined(self) -> bool:
         """Whether this rank is one of those that synchronise; not yet, before its first step in a lost one's place."""
         return not self._is_new or self._driver is not None
+
+    def name(self) -> str:
+        """Return 12 hexadecimal digits that no other job has, the same on every rank, now and later (collective)."""
+        own = uuid.uuid4().hex if self._reserve is None else self._reserve.name
+        return str(self.gather(own[:12])[0])
 
     @property
     def is_closed(self) -> bool:

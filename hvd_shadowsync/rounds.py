@@ -37,6 +37,7 @@ from hvd_shadowsync.staged import Stage, Staged
 logger = logging.getLogger(__name__)
 
 SETTLED = 0.01
+ADMITTING = (Intent.TRAIN, Intent.MEET, Intent.CONSOLIDATE)
 MISMATCH_TIMEOUT_S = 30.0
 SAMPLE = 256
 STATE_CHUNK = 1 << 18
@@ -109,6 +110,10 @@ class Rounds:
         self._others_progress = True
         self._steps = 0
         self._consolidated_at = -1
+        self._intent = Intent.TRAIN
+        self._called_at = metrics.steps
+        self.joins = joins
+        """Whether this rank has taken a lost one's place: its first step is the others' last one."""
         self._mismatch_since: float | None = None
         self._wanted: Capture | None = None
         self.lock = threading.Lock()
@@ -184,7 +189,17 @@ class Rounds:
     def check(self) -> None:
         """Raise `RankLostError` if a rank is lost, or comes back; for whoever waits between rounds."""
         self._comm.check()
+        self._ranks.admits = self._admits
         self._ranks.call_back()
+
+    @property
+    def _admits(self) -> bool:
+        """Whether a lost rank can be replaced now, such that it makes the next collective call with the others.
+
+        After its first step it has as many as this rank has. So there was to be no call since this rank's last step: it
+        would make that again, or, with a step more, miss what this rank calls before its next one.
+        """
+        return self._intent in ADMITTING and self._called_at < self._metrics.steps
 
     def go_on(self, lost: RankLostError) -> None:
         """Go on with the ranks that are left, and with who takes the place of lost ones (collective over all of them).
@@ -200,6 +215,7 @@ class Rounds:
         if not self.outlives_ranks:
             raise lost
         with self.lock:
+            self._ranks.admits = self._admits
             self._ranks.go_on(self._reform)
             self._idle_rounds, self._last_cost_s, self._mismatch_since, self._consolidated_at = 0, None, None, -1
 
@@ -238,7 +254,8 @@ class Rounds:
                         "this rank, in the place of a lost one, has other parameters than the others; build the same "
                         "model and optimizer on every rank"
                     )
-                self._metrics.restore(counters)
+                self._called_at = counters["steps"] - 1
+                self._metrics.restore({**counters, "steps": self._called_at})  # and its first step is to come
                 self._legacy.take(given)
         return tuple(-1 if each in new else each for each in owners)
 
@@ -263,7 +280,8 @@ class Rounds:
             ShadowSyncError: all replicas have NaN or infinity; raised on every rank.
         """
         self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
-        self._ranks.admits = intent is Intent.TRAIN
+        self._intent = intent
+        self._ranks.admits = self._admits
         self._ranks.call_back()
         if self._meets(intent):
             spent_us, cost_us = round(1e6 * spent_s), round(1e6 * (self._last_cost_s or 0.0))
@@ -287,7 +305,9 @@ class Rounds:
             self._others_progress = True  # or the center's owners will know
             self.most_spent_s = 0.0
         if verdict is Verdict.MEET:
-            return self._ranks.agreed(partial(_run_errand, errand))
+            met = self._ranks.agreed(partial(_run_errand, errand))
+            self._called_at = self._metrics.steps
+            return met
         if verdict is Verdict.STOP:
             return self._ranks.agreed(lambda _: verdict)
         with self.lock:
@@ -295,7 +315,9 @@ class Rounds:
                 with self.whereabouts.waiting(ROUND):
                     return self._round(weights)
             if verdict is Verdict.CONSOLIDATE:
-                return self._ranks.agreed(lambda _: self._consolidate(weights))
+                consolidated = self._ranks.agreed(lambda _: self._consolidate(weights))
+                self._called_at = self._metrics.steps
+                return consolidated
             return self._regroup_or_not() if verdict is Verdict.REGROUP else verdict
 
     def serve(self) -> bool:

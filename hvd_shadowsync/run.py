@@ -226,7 +226,7 @@ def _attempt(command: Sequence[str], environ: Mapping[str, str], launch: Launch,
     if launch.restarts is not None:
         environ = {**environ, RESTARTS_VARIABLE: str(number)}
     with tempfile.TemporaryDirectory(prefix="shadowrun") as folder:
-        endings = Endings(size=launch.size + launch.spares, begun_file=str(Path(folder, "begun")))
+        endings = Endings(size=launch.size, spares=launch.spares, begun_file=str(Path(folder, "begun")))
         code = supervise(command, {**environ, agent.BEGUN: endings.begun_file}, endings, received)
     if not launch.outlives_ranks:
         return End(code, bool(received), endings.trains)

@@ -88,7 +88,8 @@ class Foreground(Driver):
 
     def __init__(self, rounds: Rounds, pacing: Pacing, metrics: RoundMetrics) -> None:
         super().__init__(rounds, pacing, metrics)
-        self._steps_at_round = metrics.steps
+        # one that replaces a lost rank comes to the round that the others wait in at the end of its first step
+        self._steps_at_round = metrics.steps - (pacing.steps if rounds.joins else 0)
         self._paused = False
         self._stalled: StallError | None = None
 

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -116,7 +115,7 @@ class Checkpointer:
         self.loaded: Path | None = None
         """The checkpoint that `load_latest` has loaded."""
         numbers = [_signal_of(number) for number in end_signals]
-        self._job = sync.gather(uuid.uuid4().hex[:12])[0]
+        self._job = sync.name()
         self._capture: Capture | None = None
         self._told_to_end = self._ending = self._left = False
         self._begun_at_s = time.monotonic()

@@ -47,6 +47,8 @@ class Reserve(ABC):
     """Whether this process is one of them, and has to `join`."""
     shard: tuple[int, int]
     """The number of the rank that this process is, or takes the place of, and how many ranks there were at first."""
+    name: str
+    """Of the handle alone, the same in all processes of the job, also in those that join later; hexadecimal digits."""
 
     @abstractmethod
     def summon(self, numbers: Sequence[int]) -> None:
@@ -55,6 +57,10 @@ class Reserve(ABC):
     @abstractmethod
     def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
         """Return a process that is ready to join, and in the place of which of `numbers`; None where there is none."""
+
+    def answers(self, spare: int) -> bool:
+        """Whether a candidate is there at this moment (blocking, some seconds at most); the first rank calls this."""
+        return True
 
     @abstractmethod
     def meet(self, comm: Communicator, spare: int) -> Any:

@@ -6,6 +6,7 @@ import itertools
 import pickle
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -106,7 +107,7 @@ class _Fate:
     """Which processes of a world are dead, and which are to die, in which of their calls; and who replaces them."""
 
     def __init__(self, kill: Mapping[int, int] | None, size: int) -> None:
-        self.size = size
+        self.size, self.name = size, uuid.uuid4().hex
         self.changed = threading.Condition()
         self.spares: list[int] = []
         self.called: dict[int, int] = {}
@@ -293,7 +294,7 @@ class LocalReserve(Reserve):
 
     def __init__(self, fate: _Fate, process: int, number: int) -> None:
         self._fate, self._process = fate, process
-        self.is_new, self.shard = process >= fate.size, (number, fate.size)
+        self.is_new, self.shard, self.name = process >= fate.size, (number, fate.size), fate.name
 
     def summon(self, numbers: Sequence[int]) -> None:
         """See `Reserve.summon`."""
@@ -497,7 +498,7 @@ class LocalCommunicator(Communicator):
 
     def declare_lost(self, rank: int) -> bool:
         """See `Communicator.declare_lost`; one process, so all ranks take it for lost."""
-        self._shared.fate.dead.add(self.members[rank])
+        self._shared.fate.dead.add(self._shared.processes[rank])
         return True
 
     def dup(self, *, linked: bool = True) -> Communicator:

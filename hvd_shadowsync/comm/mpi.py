@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import threading
@@ -78,6 +79,7 @@ class MpiReserve(Reserve):
         self._spares, self._handle = known, handle
         assert known.number is not None, "it is a rank, or has been called"
         self.is_new, self.shard = known.is_spare, (known.number, known.size)
+        self.name = hashlib.sha256(f"{known.job} {handle}".encode()).hexdigest()
 
     def summon(self, numbers: Sequence[int]) -> None:
         """See `Reserve.summon`."""
@@ -86,6 +88,10 @@ class MpiReserve(Reserve):
     def candidate(self, numbers: Sequence[int]) -> tuple[int, int] | None:
         """See `Reserve.candidate`."""
         return self._spares.candidate(self._handle, numbers)
+
+    def answers(self, spare: int) -> bool:
+        """See `Reserve.answers`."""
+        return self._spares.answers(self._handle, spare)
 
     def meet(self, comm: Communicator, spare: int) -> Any:
         """See `Reserve.meet`."""
@@ -412,7 +418,9 @@ class MpiCommunicator(Communicator):
 
     def declare_lost(self, rank: int) -> bool:
         """See `Communicator.declare_lost`."""
-        return self.outlives_ranks and runtime.declare_lost(self._mpi, self.members[rank])
+        world = self._mpi.COMM_WORLD
+        process = _members(self._mpi, self._comm, world, range(world.size))[rank]  # its number may be a lost one's
+        return self.outlives_ranks and runtime.declare_lost(self._mpi, process)
 
     def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""

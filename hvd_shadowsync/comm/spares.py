@@ -18,6 +18,7 @@ import struct
 import sys
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ LOCAL_RANK_VARIABLE, LOCAL_SIZE_VARIABLE = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_C
 MOST_HOSTS = 16
 """So many ranks, the first ones, can take a spare in: one of those that are left has to be among them, or a spare."""
 LOOK_S = 0.1
+READY_S = 300.0
+"""How long a process that is called may take until it is ready to be taken in, or to answer: then it is given up."""
+ANSWER_S = 10.0
+"""How long all ranks, which have come together to take in a process that has answered, wait for it to do so again."""
 OUTCOME_S = 5.0
 """How long a spare that could not be taken in waits for word that the ranks have not come through either."""
 
@@ -49,6 +54,9 @@ class Tag(IntEnum):
     OUTCOME = 5  # to a spare: whether its [handle] was taken in [1 or 0]
     JOINED = 6  # of a spare: it was taken in
     DONE = 7  # of any: it comes to its end
+    ASK = 8  # to a spare: is it there, waiting for its [handle] to be taken in? Question [number]
+    ANSWER = 9  # of a spare: it is; question [number]
+    GIVEN_UP = 10  # to a spare: nobody waits for it any more
 
 
 class Spares:
@@ -78,11 +86,19 @@ class Spares:
         self._outcomes: dict[int, bool] = {}
         self._joined: set[int] = set()
         self._done: set[int] = set()
+        self._questions: list[tuple[int, int, int]] = []
+        self._num_asked = 0
+        self._asked: dict[int, int] = {}
+        self._answered: dict[int, int] = {}
+        self._awaited: dict[int, float] = {}
+        self._given_up: set[int] = set()
         self._sending: list[tuple[Any, bytes]] = []
         self._status = mpi.Status()
         self.work: Any = None
         """The communicator of the ranks, or of the spares."""
         self._pairs: dict[int, Any] = {}
+        self.job: str
+        """A name that no other job has, the same in all of this one's processes."""
         self._set_up()
         if self.number is not None:
             self._take_names(self.number)
@@ -118,8 +134,9 @@ class Spares:
         self._group = self._desk.group
         world = self._mpi.COMM_WORLD.group
         self._seats: list[int] = self._mpi.Group.Translate_ranks(self._group, list(range(base.size)), world)
-        people = base.allgather((os.environ.get(LOCAL_RANK_VARIABLE, "0"), self._mpi.Get_processor_name()))
-        self._people = dict(zip(self._seats, people, strict=True))
+        own = os.environ.get(LOCAL_RANK_VARIABLE, "0"), self._mpi.Get_processor_name()
+        people, names = zip(*base.allgather((own, uuid.uuid4().hex)), strict=True)
+        self._people, self.job = dict(zip(self._seats, people, strict=True)), names[0]
         spares = [seat for seat in self._seats if seat >= self.size]
         hosts = [seat for seat in self._seats if seat < self.size][:MOST_HOSTS]
         for spare in spares:
@@ -154,6 +171,14 @@ class Spares:
             self._called[source] = values[0]
         elif tag is Tag.READY:
             self._ready[values[0]][source] = values[1]
+            self._awaited.pop(source, None)
+        elif tag is Tag.ASK:
+            self._questions.append((source, *values))  # type: ignore[arg-type]
+        elif tag is Tag.ANSWER:
+            self._answered[source] = values[0]
+            self._awaited.pop(source, None)
+        elif tag is Tag.GIVEN_UP:
+            self._given_up.add(self.me)
         elif tag is Tag.GO:
             self._go[values[0]] = source, values[1:]
         elif tag is Tag.OUTCOME:
@@ -197,23 +222,70 @@ class Spares:
         """Have spares begin in the places of those of the lost `numbers` for which none does."""
         with self._lock:
             self.look()
-            lost = self._lost()
-            coming = {number for spare, number in self._called.items() if spare not in lost}
-            free = [s for s in self._seats if s >= self.size and s not in lost and s not in self._called]
+            self._give_up_overdue()
+            gone = self._lost() | self._given_up
+            coming = {number for spare, number in self._called.items() if spare not in gone}
+            free = [s for s in self._seats if s >= self.size and s not in gone and s not in self._called]
             for number, spare in zip([each for each in numbers if each not in coming], free, strict=False):
                 self._called[spare] = number
                 self._say([spare], Tag.CALL, number)
                 logger.warning("a spare process takes the place of rank %d; it joins once it is ready", number)
 
     def candidate(self, handle: int, numbers: Sequence[int]) -> tuple[int, int] | None:
-        """Return a spare whose `handle` waits to be taken in, and in the place of which of `numbers`; None for none."""
+        """Return a spare whose `handle` waits to be taken in, and in the place of which of `numbers`; None for none.
+
+        It has answered this rank: the others would wait for one that is stopped.
+        """
         with self._lock:
             self.look()
-            lost = self._lost()
+            gone = self._lost() | self._given_up
             for spare, number in sorted(self._ready[handle].items()):
-                if number in numbers and spare not in lost and spare in self._pairs:
-                    return spare, number
+                if number in numbers and spare not in gone and spare in self._pairs:
+                    if spare not in self._asked:
+                        self._ask(handle, spare)
+                    if spare in self._answered:
+                        return spare, number
         return None
+
+    def answers(self, handle: int, spare: int) -> bool:
+        """Whether a spare, which has answered before, does so within `ANSWER_S`; else it is given up."""
+        deadline, question = time.monotonic() + ANSWER_S, self._ask(handle, spare)
+        while self._answered.get(spare, 0) < question:
+            if spare in self._lost():
+                return False
+            if time.monotonic() > deadline:
+                with self._lock:
+                    self._answered.pop(spare, None)
+                    self._give_up(spare, ANSWER_S)
+                return False
+            time.sleep(0.001)
+            self.look()
+        return True
+
+    def _ask(self, handle: int, spare: int) -> int:
+        with self._lock:
+            question = self._num_asked = self._num_asked + 1
+            self._asked[spare] = question
+            self._awaited.setdefault(spare, time.monotonic())
+            self._say([spare], Tag.ASK, handle, question)
+        return question
+
+    def _give_up_overdue(self) -> None:
+        now, ready = time.monotonic(), set[int]().union(*self._ready.values())
+        for spare in self._called.keys() - ready - self._joined - self._given_up - {self.me}:
+            self._awaited.setdefault(spare, now)
+        for spare in [each for each, since in self._awaited.items() if now - since > READY_S]:
+            self._give_up(spare, READY_S)
+
+    def _give_up(self, spare: int, after_s: float) -> None:
+        """Count on a spare no more, if it is one yet: of one that has joined a handle others take care."""
+        self._awaited.pop(spare, None)
+        if spare in self._joined | self._lost():
+            return
+        self._given_up.add(spare)
+        self._say([spare], Tag.GIVEN_UP)
+        what = f"the spare process for rank {self._called.get(spare)} on {self._people[spare][1]}"
+        logger.warning("%s is given up: not a word of it in %.0f s", what, after_s)
 
     def meet(self, comm: Any, handle: int, spare: int, members: Sequence[int]) -> Any:
         """Return an intercommunicator of `comm` and a spare (collective over both; the first rank knows the spare)."""
@@ -226,6 +298,10 @@ class Spares:
         """Let a spare know, on each rank, whether it was taken in; if not, it ends."""
         with self._lock:
             self._ready[handle].pop(spare, None)
+            for notes in (self._asked, self._answered, self._awaited):
+                notes.pop(spare, None)
+            if not joined:
+                self._given_up.add(spare)
         self._say([spare], Tag.OUTCOME, handle, int(joined))
         if not joined and spare in self._pairs:
             self._pairs[spare].Revoke()
@@ -273,6 +349,8 @@ class Spares:
                 self._end("the job was over before it had joined")
             if not all(self._outcomes.values()):
                 self._end("another rank was lost while it was taken in")
+            if self._given_up:
+                self._end("the others have given it up")
             time.sleep(LOOK_S)
 
     def _end(self, why: str) -> NoReturn:
@@ -289,6 +367,7 @@ class Spares:
         while handle not in self._go:
             time.sleep(LOOK_S / 10)
             self.look()
+            self._answer(handle)
             if self._is_over():
                 self._end("the job was over before it had joined")
         first, members = self._go.pop(handle)
@@ -300,6 +379,13 @@ class Spares:
             self.has_joined = True
             self._say(self._others(), Tag.JOINED)
         return merged, [*members, self.number]
+
+    def _answer(self, handle: int) -> None:
+        with self._lock:
+            questions, self._questions = self._questions, []
+        for source, asked, number in questions:
+            if asked == handle:
+                self._say([source], Tag.ANSWER, number)
 
     @contextmanager
     def _or_end(self, handle: int) -> Iterator[None]:
@@ -322,8 +408,8 @@ class Spares:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """Let spares know that this rank comes to its end (idempotent)."""
-        if self.number is not None and self.me not in self._done:
+        """Let spares know that this rank comes to its end (idempotent); nothing in a process that it has forked."""
+        if self.number is not None and self.me not in self._done and ending.is_speaker():
             self._done.add(self.me)
             self._say(self._others(), Tag.DONE)
             for request, _ in self._sending:

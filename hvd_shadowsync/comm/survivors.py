@@ -10,8 +10,8 @@ from functools import partial
 from typing import TypeVar
 
 from hvd_shadowsync.comm.base import Communicator, Reserve
-from hvd_shadowsync.comm.whereabouts import CALL, RECOVERY, Whereabouts
-from hvd_shadowsync.ending import note_lost
+from hvd_shadowsync.comm.whereabouts import CALL, NEWCOMER, RECOVERY, Whereabouts
+from hvd_shadowsync.ending import note_lost, note_replaced
 from hvd_shadowsync.errors import RankLostError, TransportError
 
 logger = logging.getLogger(__name__)
@@ -104,11 +104,14 @@ class Survivors:
         """Leave the lost ranks behind, then `begin(comm)` together on those that are left (collective over them)."""
         with self.whereabouts.waiting(RECOVERY):
             self._shrink()
-            return self._with_the_new(begin)
+        return self._with_the_new(begin)
 
     def join(self, begin: Callable[[Communicator], T]) -> T:
         """Begin as a rank that the others have just taken in (collective over all that are there)."""
-        self.new = {self.comm.members[self.comm.rank]}
+        own = self.comm.members[self.comm.rank]
+        note_lost([*self.lost, own])
+        note_replaced(own)
+        self.new = {own}
         return self._with_the_new(begin)
 
     def call_back(self) -> None:
@@ -125,28 +128,35 @@ class Survivors:
             raise RankLostError("a lost rank is replaced")
 
     def _with_the_new(self, begin: Callable[[Communicator], T]) -> T:
-        while (found := self._to_take_in()) is not None:
-            self._take_in(*found)
-        begun = self.together(partial(self._begin, begin))
+        with self.whereabouts.waiting(RECOVERY):
+            found = self._to_take_in()
+        while found is not None:
+            with self.whereabouts.waiting(NEWCOMER.format(found[1])):
+                self._take_in(*found)
+                found = self._to_take_in()
+        with self.whereabouts.waiting(RECOVERY):
+            begun = self.together(partial(self._begin, begin))
         self.new = set()
         return begun
 
     def _begin(self, begin: Callable[[Communicator], T], comm: Communicator) -> T:
-        begun = begin(comm)
         if self.new and self.greet is not None:
-            self.greet(comm)
-        return begun
+            self.greet(comm)  # first, so that one that is stopped from here on is missed
+        return begin(comm)
 
     def _to_take_in(self) -> tuple[int, int] | None:
         """Return what the first rank says of who joins next: the process, and the number that it takes over."""
         if (reserve := self.reserve) is None:
             return None
-        found: tuple[int, int] | None = self.together(
-            lambda comm: comm.allgather_object(
-                reserve.candidate(self.lost) if self.admits and comm.rank == 0 else None,
-            )[0]
-        )  # fmt: skip
-        return found
+
+        def find(comm: Communicator) -> tuple[int, int] | None:
+            found = reserve.candidate(self.lost) if self.admits and comm.rank == 0 else None
+            while found is not None and not reserve.answers(found[0]):
+                found = reserve.candidate(self.lost)
+            first: tuple[int, int] | None = comm.allgather_object(found)[0]
+            return first
+
+        return self.together(find)
 
     def _take_in(self, spare: int, number: int) -> None:
         reserve = self.reserve
@@ -162,6 +172,7 @@ class Survivors:
         reserve.settle(spare, joined=True)
         self.comm = grown
         self.new.add(number)
+        note_replaced(number)
         self._num_replaced += 1
         self._on_change(self._num_lost, self._num_replaced, self.recovery_s)
         logger.log(
@@ -189,8 +200,9 @@ class Survivors:
             )
         took_s = time.monotonic() - begun
         self.recovery_s += took_s
-        note_lost(self.lost)
-        gone = [self._name(number) for number in before if number not in self.comm.members]
+        now_lost = [number for number in before if number not in self.comm.members]
+        note_lost(now_lost)
+        gone = [self._name(number) for number in now_lost]
         self._num_lost += len(gone)
         self._on_change(self._num_lost, self._num_replaced, self.recovery_s)
         if gone:

@@ -16,6 +16,7 @@ CALL = "a collective call"
 START = "the start, before rounds"
 WARMUP = "the warm-up, which averages gradients"
 RECOVERY = "going on without lost ranks"
+NEWCOMER = "taking in the process that takes the place of rank {}"
 
 
 class Wait(NamedTuple):

@@ -92,8 +92,8 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
 
     Where a rank has ended before it had begun, and none is heard to begin for a minute, the others wait for it in
     MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that. Where all
-    ranks that can be reached have ended mpirun may wait for a host that cannot, for a quarter of an hour or for ever:
-    it is ended as well.
+    ranks that can be reached have ended mpirun may wait for a host that cannot, for a quarter of an hour or for ever,
+    or for a spare process that does not end: it is ended as well.
     """
     assert child.stderr is not None, "it is a pipe"
 
@@ -104,7 +104,8 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
     def end_overdue() -> None:
         if child.poll() is None:
             endings.overdue = True
-            tell("shadowrun: mpirun waits for a host that it cannot reach, and is ended")
+            what = "a spare process that does not end, or for " if endings.spares else ""
+            tell(f"shadowrun: mpirun waits for {what}a host that it cannot reach, and is ended")
             _end_session(child)
 
     timers: dict[str, threading.Timer] = {}

@@ -133,9 +133,31 @@ def test_the_job_goes_on_where_no_spare_is_left(tmp_path: Path) -> None:
 
 def test_a_job_that_ends_while_a_replacement_starts(tmp_path: Path) -> None:
     """It would start for ever."""
-    outcome = run(3, 1, tmp_path, faults={"1": 15}, new_faults={"3": "starts"}, awaits_start=True)
+    outcome = run(3, 1, tmp_path, faults={"1": 15}, new_faults={"3": "starts"}, awaits="starts")
     require_ends(outcome, 2, new=0)
     assert "the spare process for rank 1 ends: the job was over before it had joined" in outcome.errors
+
+
+def test_a_replacement_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    """And the next one is called."""
+    faults: dict[str, Any] = {"faults": {"1": 15}, "new_faults": {"3": "starts"}}
+    outcome = run(3, 2, tmp_path, **faults, awaits="starts", gives_up=True, replaced=1)
+    require_ends(outcome, 3, new=1)
+    assert len(re.findall("the spare process for rank 1 on .* is given up", outcome.errors)) == 1
+    assert "the spare process for rank 1 ends: the others have given it up" in outcome.errors
+
+
+def test_the_others_train_on_where_a_replacement_is_stopped_that_was_ready(tmp_path: Path) -> None:
+    """They do not wait for it, not even at the end."""
+    outcome = run(3, 1, tmp_path, faults={"1": 15}, new_faults={"3": "ready"}, awaits="stops")
+    require_ends(outcome, 2, new=0)
+    assert "shadowrun: mpirun waits for a spare process that does not end" in outcome.errors
+
+
+def test_a_replacement_that_is_stopped_while_it_is_taken_in_is_given_up(tmp_path: Path) -> None:
+    outcome = run(3, 2, tmp_path, faults={"1": 15}, new_faults={"3": "answered"}, replaced=1)
+    require_ends(outcome, 3, new=1)
+    assert len(re.findall("the spare process for rank 1 on .* is given up", outcome.errors)) == 1
 
 
 def test_spares_that_nobody_needs(tmp_path: Path) -> None:

@@ -92,9 +92,11 @@ def test_what_ranks_say_is_taken_out_of_their_lines() -> None:
         b"half a line, hvd_shadowsync: rank 3 ended; lost: 1 12\n",
         b"hvd_shadowsync: rank 4 ended before it had begun; code: -9\n",
         b"hvd_shadowsync: rank 3 has begun\n",
+        b"hvd_shadowsync: rank 5 ended; lost: 1 2; replaced: 2\n",
     ]
-    assert [endings.without(line) for line in lines] == [b"", b"a warning\n", b"half a line, ", b"", b""]
-    assert (endings.ended, endings.lost, endings.begun) == ({0, 3}, {1, 12}, {3})
+    assert [endings.without(line) for line in lines] == [b"", b"a warning\n", b"half a line, ", b"", b"", b""]
+    assert (endings.ended, endings.lost, endings.begun) == ({0, 3, 5}, {1, 2, 12}, {3})
+    assert endings.replaced == {2}
     assert endings.never_began == (4, -9)
 
 
@@ -171,3 +173,37 @@ def test_when_the_launcher_has_nothing_left_to_wait_for(lines: list[str], are_al
     for line in lines:
         endings.without(f"hvd_shadowsync: {line}\n".encode())
     assert endings.are_all is are_all
+
+
+@pytest.mark.parametrize(
+    ("said", "are_all"),
+    [
+        ({0: "none", 1: "none"}, False),
+        ({0: "none", 1: "none", 2: "none"}, True),
+        ({0: "2", 1: "2"}, True),
+        ({0: "2; replaced: 2", 1: "2; replaced: 2"}, False),
+        ({0: "2; replaced: 2", 1: "2; replaced: 2", 2: "2; replaced: 2"}, True),
+    ],
+    ids=str,
+)
+def test_spare_processes_are_not_waited_for_and_those_that_replace_a_rank_are(
+    said: dict[int, str], are_all: bool
+) -> None:
+    """A spare that is stopped would keep the launcher from ending."""
+    endings = Endings(size=3, spares=1)
+    for number, lost in said.items():
+        endings.without(f"hvd_shadowsync: rank {number} ended; lost: {lost}\n".encode())
+    assert endings.are_all is are_all
+
+
+NOTES = """
+from hvd_shadowsync import ending
+ending.note_lost([1, 3])
+ending.note_replaced(3)
+ending.note_replaced(1)
+ending.note_lost([1])
+"""
+
+
+def test_a_rank_says_who_was_replaced_and_not_lost_again() -> None:
+    assert said_by(NOTES, RANK) == "hvd_shadowsync: rank 2 ended; lost: 1 3; replaced: 3\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ import torch
 from ranks_as_threads import TIMEOUT_S, batch, flat, loss_of, make_model
 from torch import Tensor
 
-from hvd_shadowsync import BMUF, ElasticAveraging, ModelAveraging, ShadowSync
+from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync, ending
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.echo import EchoCommunicator
+from hvd_shadowsync.comm.survivors import Survivors
 
 ALGORITHMS = [ModelAveraging(), ElasticAveraging(), BMUF(block_momentum=0.2, nesterov=True)]
 DRIVERS: list[dict[str, Any]] = [{"sync_every": 1}, {"sync_every": 1, "foreground": True}]
@@ -55,6 +58,10 @@ def run(size: int, kill: Mapping[int, int], *, spares: int, replaced: int, **opt
     program = lambda comm: job(comm, replaced=replaced, **options)  # noqa: E731
     ended = local.run(size, program, timeout_s=TIMEOUT_S, kill=kill, spares=spares)
     return [each for each in ended if each is not None]
+
+
+def has_replaced(sync: ShadowSync) -> bool:
+    return sync.metrics()["ranks_replaced"] == 1
 
 
 def require_alike(ended: list[Outcome]) -> None:
@@ -140,6 +147,61 @@ def test_what_the_new_one_gets() -> None:
     assert new[3:] == (1.0, 0.02, 2)
 
 
+@pytest.mark.parametrize("driver", DRIVERS, ids=["background", "foreground"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.leaves_threads
+def test_collective_calls_by_the_number_of_steps_are_made_together_with_the_new_one(
+    victim: int, algorithm: Algorithm, driver: dict[str, Any]
+) -> None:
+    """Whatever the others were doing when it was taken in: in a step, or in a call, or between two of one step."""
+
+    def program(comm: Communicator, every: int, calls: int) -> int:
+        new, model = isinstance(comm, EchoCommunicator), make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        options = {**driver, "algorithm": algorithm, "communicator": comm, "stall_warning_s": None}
+        with ShadowSync(optimizer, model=model, **options) as sync:
+            together = 0
+            while together < 4:
+                step(sync, model, sync.steps)
+                if comm.rank == victim and not new and sync.steps == 3:
+                    comm.die()  # type: ignore[attr-defined]
+                for call in range(calls) if sync.steps % every == 0 else ():
+                    said = sync.gather((sync.steps, call, new))
+                    assert len({each[:2] for each in said}) == 1, said
+                    together += any(each[2] for each in said)
+                    if call == 0:
+                        sync.synchronize()
+        return together
+
+    for every, calls in ((1, 1), (1, 2), (2, 1), (5, 2), (7, 1)):
+        ended = local.run(3, lambda comm: program(comm, every, calls), timeout_s=TIMEOUT_S, kill={}, spares=1)  # noqa: B023
+        assert ended == [None if number == victim else 4 for number in range(4)], f"every {every} steps, {calls}"
+
+
+@pytest.mark.parametrize("told", ["first", "new"])
+@pytest.mark.leaves_threads
+def test_all_end_when_one_is_told_to_after_another_has_joined(told: str, tmp_path: Path) -> None:
+    """By its checkpointers, which all ranks know each other's of, those of the new one as well."""
+
+    def program(comm: Communicator) -> float:
+        new, model = isinstance(comm, EchoCommunicator), make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        sync = ShadowSync(optimizer, model=model, communicator=comm, sync_every=1, stall_warning_s=None)
+        checkpointers = [Checkpointer(tmp_path / name, model, sync, every_s=1e9, end_signals=()) for name in "ab"]
+        with suppress(SystemExit):
+            for number in range(LATE):
+                step(sync, model, number)
+                if comm.rank == 1 and not new and number == 2:
+                    comm.die()  # type: ignore[attr-defined]
+                if (told == "new") == new and comm.rank in (0, 2) and sync.size == 3 and (new or has_replaced(sync)):
+                    checkpointers[-1].stop()
+        return sum(each.metrics()["checkpoints"] for each in checkpointers)
+
+    ended = local.run(3, program, timeout_s=TIMEOUT_S, kill={}, spares=1)
+    assert ended == [1, None, 0, 0]
+
+
 def test_a_job_that_is_over_before_the_new_one_is_ready() -> None:
     """It ends, though its program is in its first step."""
     kills: list[bool] = []
@@ -165,6 +227,24 @@ def test_a_job_that_is_over_before_the_new_one_is_ready() -> None:
         return sync.size
 
     assert local.run(2, program, timeout_s=TIMEOUT_S, kill={}, spares=1) == [1, None, None]
+
+
+def test_the_new_one_knows_who_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that it replaces: MPI_Finalize may wait for either."""
+    monkeypatch.setattr(ending, "_LOST", lost := set[int]())
+    monkeypatch.setattr(ending, "_REPLACED", replaced := set[int]())
+    left = local.LocalCommunicator(local.world(4, kill={})[0]._shared.of([2]), 0)
+    assert Survivors(left, everyone=range(4)).join(lambda comm: comm.members) == (2,)
+    assert (lost, replaced) == ({0, 1, 2, 3}, {2})
+
+
+@pytest.mark.leaves_threads
+def test_one_that_does_not_answer_when_all_have_come_to_take_it_in_joins_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, False, True])
+    monkeypatch.setattr(local.LocalReserve, "answers", lambda *_: next(answers))
+    ended = run(3, {1: 40}, spares=1, replaced=1, sync_every=1)
+    assert [count for count, *_ in ended] == [3, 3, 3]
+    assert next(answers, None) is None
 
 
 def test_spares_that_nobody_calls_end_with_the_others() -> None:

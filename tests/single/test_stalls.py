@@ -455,7 +455,7 @@ def test_a_rank_that_is_cut_off_leaves_the_job_where_its_training_does_not_see_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gone: list[str] = []
-    monkeypatch.setattr(attendance.mpi, "leave_job", gone.append)
+    monkeypatch.setattr(attendance.job, "leave_job", gone.append)
     ranks = Ranks(3, StallRules(WARNING_S, TIMEOUT, "drop"), hosts=[0, 1, 2])
     monkeypatch.setattr(ranks.comms[2], "spans_processes", True)
     ranks.part({0, 1}, {2})
@@ -476,7 +476,7 @@ def test_a_pid_that_another_process_has_by_now_is_left_alone(monkeypatch: pytest
 
 def test_the_job_is_ended_where_the_training_thread_does_not_see_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(attendance.mpi, "end_job", ended.append)
+    monkeypatch.setattr(attendance.job, "end_job", ended.append)
     for seen in (True, False):
         ranks = Ranks(2, StallRules(WARNING_S, TIMEOUT))
         monkeypatch.setattr(ranks.comms[0], "spans_processes", True)

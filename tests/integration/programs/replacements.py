@@ -1,8 +1,9 @@
 """A training whose ranks are lost and replaced: `replacements.py '{"faults": {"1": 15}, "replaced": 1}'`.
 
 `faults` says at which of its own steps a rank kills itself; `new_faults` likewise how a replacement ends: at which of
-its steps, "before" its handle, by an "exception" there, or not at all but "starts" for ever. Ranks train until as many
-were lost and replaced as `lost` and `replaced` say, and some steps more.
+its steps, "before" its handle, by an "exception" there, or not at all but "starts" for ever, or is stopped once it has
+said that it is "ready", or "answered" that it is there. Ranks train until as many were lost and replaced as `lost` and
+`replaced` say, and some steps more. With `gives_up` the first one that starts is given up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvd_shadowsync import BMUF, Checkpointer, ElasticAveraging, ModelAveraging, ShadowSync, ShadowSyncError
@@ -54,6 +55,35 @@ def begin_badly() -> None:
         raise RuntimeError("a broken file on this host")
     while NEW_FAULT == "starts":
         time.sleep(1)
+    if NEW_FAULT in ("ready", "answered"):
+        stop_after(spares.Tag.READY if NEW_FAULT == "ready" else spares.Tag.ANSWER)
+
+
+def stop_after(last: spares.Tag) -> None:
+    """Have this process stopped as soon as it has said that."""
+    assert known is not None, "it is a spare"
+    say = known._say
+
+    def say_and_stop(seats: Sequence[int], tag: spares.Tag, *values: int) -> None:
+        say(seats, tag, *values)
+        if tag is last:
+            ranks.say("stops", tag.name)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    known._say = say_and_stop  # type: ignore[method-assign]
+
+
+def give_up_one() -> None:
+    """Have the process that was called counted as one that takes too long, and the next one not."""
+    assert known is not None, "there are spares"
+    give_up = known._give_up
+
+    def give_up_once(spare: int, after_s: float) -> None:
+        spares.READY_S = 1e9
+        give_up(spare, after_s)
+
+    known._give_up = give_up_once  # type: ignore[method-assign]
+    spares.READY_S = 0.0
 
 
 def numbers_of_the_drop_in() -> list[int]:
@@ -110,9 +140,9 @@ class Training:
         return self.sync.metrics()[name] >= number
 
 
-def others_have_started() -> bool:
-    """Tell whether a replacement is in the middle of its start: it says so in a file."""
-    return any('"starts"' in line for path in ranks.FOLDER.glob("rank*.jsonl") for line in open(path))
+def others_say(event: str) -> bool:
+    """Tell whether a replacement is in the middle of its start, or has stopped: it says so in a file."""
+    return any(f'"event": "{event}"' in line for path in ranks.FOLDER.glob("rank*.jsonl") for line in open(path))
 
 
 def trains() -> None:
@@ -127,9 +157,11 @@ def trains() -> None:
     if not IS_NEW:
         job.until(lambda: job.steps >= LEAST_STEPS, "all steps")
         job.until(lambda: job.has("ranks_lost", OPTIONS.get("lost", len(FAULTS))), "the losses")
+        if OPTIONS.get("awaits"):
+            job.until(lambda: others_say(OPTIONS["awaits"]), "what a replacement says")
+        if OPTIONS.get("gives_up"):
+            give_up_one()
         job.until(lambda: job.has("ranks_replaced", OPTIONS.get("replaced", 0)), "the replacements")
-        if OPTIONS.get("awaits_start"):
-            job.until(others_have_started, "a replacement that starts")
     last = job.steps + STEPS_AFTER
     job.until(lambda: job.steps >= last, "the steps after")
     job.sync.synchronize()

@@ -326,3 +326,12 @@ def test_a_rank_that_is_declared_lost_is_lost() -> None:
     with pytest.raises(RankLostError):
         comms[0].check()
     assert local.world(2, kill={})[0].dup().declare_lost(1)
+
+
+def test_one_that_has_replaced_a_lost_rank_is_declared_lost_itself() -> None:
+    """It has the lost one's number, and is another process."""
+    rank = local.world(2, kill={1: 1})[0]
+    grown = local.LocalCommunicator(rank._shared.of([0]).with_one_more(1, 7), 0)
+    assert grown.members == (0, 1)
+    assert grown.declare_lost(1)
+    assert grown._shared.fate.dead == {7}

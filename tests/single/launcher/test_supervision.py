@@ -111,6 +111,18 @@ def test_what_is_written_is_passed_on_at_once_but_for_what_may_be_a_rank_s_end(
     assert found == pieces
 
 
+def test_a_launcher_that_waits_for_a_spare_process_is_ended_when_all_ranks_have(
+    executable: Executable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Though no rank was lost; the job's code is 0."""
+    monkeypatch.setattr(supervision, "OVERDUE_S", 0.2)
+    monkeypatch.setattr(supervision, "TERMINATION_S", 0.2)
+    says = "; ".join(f"echo 'hvd_shadowsync: rank {rank} ended; lost: none' >&2" for rank in range(2))
+    launcher = executable("bin/launcher", f"trap : TERM; {says}; while true; do sleep 0.1; done")
+    assert supervision.supervise([str(launcher)], dict(os.environ), Endings(size=2, spares=1)) == 0
+    assert "waits for a spare process that does not end, or for a host" in capfd.readouterr().err
+
+
 def test_a_launcher_that_has_lost_a_host_has_failed_whatever_its_code(executable: Executable) -> None:
     says = "echo 'PRTE has lost communication with a remote daemon.' >&2; exit"
     for own, code in ((0, 1), (7, 7)):
