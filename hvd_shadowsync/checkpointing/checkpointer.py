@@ -118,7 +118,8 @@ class Checkpointer:
         numbers = [_signal_of(number) for number in end_signals]
         self._job = sync.gather(uuid.uuid4().hex[:12])[0]
         self._capture: Capture | None = None
-        self._told_to_end = self._ending = self._left = False
+        self._told_to_end = self._others_told = self._ending = self._left = False
+        self._trouble: str | None = None
         self._begun_at_s = time.monotonic()
         self._begun_at_step: int | None = None
         if self._writes:
@@ -317,24 +318,39 @@ class Checkpointer:
     def _tell_to_end(self) -> None:
         """Let the others know, where only this rank got the signal; they look for this file."""
         self._told_to_end = True
-        if self._sync.size > 1:
-            try:
-                folders.stop_file(self._folder, self._job).touch()
-            except OSError as error:
-                logger.error("the other ranks cannot be told to end: %s", error)
+        try:
+            self._tell_others()
+        except OSError as error:
+            self._note_trouble(error)
+
+    def _tell_others(self) -> None:
+        if self._sync.size > 1 and not self._others_told:
+            folders.stop_file(self._folder, self._job).touch()
+            self._others_told = True
 
     def _look(self) -> None:
-        """Look into the folder, in the writer's thread: are all to end, are rows wanted?"""
-        if self._signals.came and not self._told_to_end:
-            self._tell_to_end()
-        self._told_to_end = self._told_to_end or folders.stop_file(self._folder, self._job).exists()
-        if self._tables and not self._writes:
-            try:
+        """Look into the folder, in the writer's thread: are all to end, are rows wanted? The next look tries again."""
+        self._told_to_end = self._told_to_end or self._signals.came
+        try:
+            if self._told_to_end:
+                self._tell_others()
+            elif folders.stop_file(self._folder, self._job).exists():
+                self._told_to_end = self._others_told = True
+            if self._tables and not self._writes:
                 self._tables.answer(self._folder, self._job)
-            except Exception as error:
-                self._writer.counters.failures += 1
-                self._writer.counters.last_error = repr(error)
-                logger.error("rows of the sharded tables were not written for a checkpoint: %r", error)
+        except Exception as error:
+            self._note_trouble(error)
+        else:
+            self._trouble = None
+
+    def _note_trouble(self, error: Exception) -> None:
+        """Log what is wrong with the folder, once until it is another thing."""
+        if (trouble := repr(error)) != self._trouble:
+            logger.error(
+                "rank %d has trouble with %s: %s; it tries again", self._sync.rank, self._folder, error,
+                exc_info=None if isinstance(error, OSError) else error,
+            )  # fmt: skip
+        self._trouble = trouble
 
     def _leave(self) -> None:
         """Begin no more; the thread lives on, for what it is writing and for other ranks' checkpoints."""

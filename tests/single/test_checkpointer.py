@@ -582,6 +582,115 @@ def _alone() -> tuple[torch.nn.Module, ShadowSync]:
     return model, run(1, lambda comm: ShadowSync(sgd(model), model=model, communicator=comm), timeout_s=10.0)[0]
 
 
+def in_trouble(folder: Path, patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Have looks into `folder` fail as those into an NFS folder do now and then; return how many have."""
+    real, looks = Path.exists, 0
+
+    def exists(path: Path, **options: Any) -> bool:
+        nonlocal looks
+        if path.parent != folder:
+            return real(path, **options)
+        looks += 1
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    patch.setattr(Path, "exists", exists)
+    return lambda: looks
+
+
+def test_a_folder_that_is_away_for_a_moment_is_looked_at_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged once on each rank; training, later checkpoints and a later word to end are as ever."""
+    monkeypatch.setattr(writers, "LOOK_S", 0.005)
+
+    def use(job: Any) -> int | None:
+        job.train(2)
+        if job.rank == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                looks = in_trouble(tmp_path, patch)
+                deadline = time.monotonic() + PATIENCE_S
+                while looks() < 20:
+                    time.sleep(0.002)
+                    assert time.monotonic() < deadline
+        job.sync.gather(None)
+        job.train(2)
+        assert job.checkpointer.save_now() == tmp_path / "step-4"
+        if job.rank == 1:
+            job.checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            job.train(1_000_000, after=lambda: time.sleep(0.0005))
+        return ended.value.code
+
+    with caplog.at_level(logging.ERROR):
+        assert on_checkpointers(2, tmp_path, use) == [0, 0]
+    for rank in range(2):
+        said = [each for each in caplog.messages if f"rank {rank} has trouble with {tmp_path}" in each]
+        assert len(said) == 1
+        assert "Stale file handle" in said[0]
+
+
+def test_others_are_told_to_end_as_soon_as_the_folder_can_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elastic averaging: ranks that train meet in no vote, only the file tells them."""
+    monkeypatch.setattr(writers, "LOOK_S", 0.005)
+    real, failed = Path.touch, threading.Event()
+    times = iter(range(3))
+
+    def touch(path: Path, **options: Any) -> None:
+        if path.name.startswith(".stop-") and next(times, None) is not None:
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "touch", touch)
+
+    def use(job: Any) -> int | None:
+        if job.rank == 1:
+            job.checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            job.train(1_000_000, after=lambda: time.sleep(0.0005))
+        return ended.value.code
+
+    options = {"foreground": False, "sync_every": 1, "algorithm": ElasticAveraging()}
+    assert on_checkpointers(2, tmp_path, use, options) == [0, 0]
+    assert failed.is_set()
+
+
+def test_earlier_ones_that_cannot_be_removed_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(writers, "prune", fail)
+
+    def use(job: Any) -> None:
+        job.train(1)
+        assert job.checkpointer.save_now() == tmp_path / "step-1"
+        job.train(1)
+        assert job.checkpointer.save_now() == tmp_path / "step-2"
+
+    on_checkpointers(1, tmp_path, use)
+    assert "are not removed" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_thread_nobody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise GeneratorExit("whatever")
+
+    def use(job: Any) -> str:
+        job.train(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writers.Writer, "_written", fail)
+            assert job.checkpointer.save_now() is None
+        assert job.checkpointer.save_now() is None
+        return job.checkpointer.last_error
+
+    assert on_checkpointers(1, tmp_path, use) == ["the thread that writes has ended; its error is above"]
+
+
 # --- the end of a job -------------------------------------------------------------------------------------------------
 
 DRIVERS = {
