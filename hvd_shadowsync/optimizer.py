@@ -372,15 +372,19 @@ class ShadowSync:
         if self._driver is not None:
             self._driver.ending = ending
 
-    def end(self) -> None:
-        """Consolidate for the last time, whatever calls other ranks are in: they come, or leave (collective)."""
+    def end(self) -> tuple[int, ...]:
+        """Consolidate for the last time, whatever calls other ranks are in: they come, or leave (collective).
+
+        Return the shards of the ranks that were there, rank 0's first: the same on all of them.
+        """
         self._require_open("end()")
-        if not self._alone:
-            self._finish_warmup(leaving=False)
-            if self._warmup.left:
-                self._start_alike()
-            else:
-                self._begun().end()
+        if self._alone:
+            return (self.shard,)
+        self._finish_warmup(leaving=False)
+        if not self._warmup.left:
+            return self._begun().end()
+        self._start_alike()
+        return tuple(self._ranks.comm.members)
 
     # --- state --------------------------------------------------------------------------------------------------------
 

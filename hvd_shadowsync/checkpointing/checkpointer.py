@@ -169,14 +169,18 @@ class Checkpointer:
     def save_now(self) -> Path | None:
         """Consolidate, write a checkpoint and wait for it; return its path on every rank, or None (collective).
 
-        None where it could not be written, which is logged as an error.
+        None where it could not be written, which is logged as an error. If rank 0 is lost meanwhile the next one writes.
         """
         self._require_open("save_now()")
         self._sync.synchronize()
         self._sync.average_optimizer_state()
         self._drop_capture()
-        path: Path | None = self._sync.gather(self._write_live() if self._writes else None)[0]
-        return path
+        while True:
+            writes = self._writes
+            everyone = self._sync.gather((writes, self._write_live() if writes else None))
+            if found := [path for wrote, path in everyone if wrote]:
+                first: Path | None = found[0]
+                return first
 
     def stop(self) -> None:
         """Do what a signal to end does: a last checkpoint, and `SystemExit` on every rank (one rank is enough)."""
@@ -306,14 +310,24 @@ class Checkpointer:
             "rank %d was told to end at step %d: a last checkpoint is to be made", self._sync.rank, self._sync.steps
         )
         self._drop_capture()
-        self._sync.end()
-        written = not self._writes or (path := self._write_live()) is not None
-        if self._writes and written:
-            logger.warning("%s is the last checkpoint", path)
-        if self._tables:
-            self._sync.end()  # until then this rank's thread writes rows for rank 0
+        written = self._write_last()
         self._leave()
         raise SystemExit(0 if written else 1)
+
+    def _write_last(self) -> bool:
+        """Have the first rank write the last checkpoint, or the next one if it is lost; False where this one could not.
+
+        Until all come together again this rank's thread writes rows for the one that writes.
+        """
+        present = self._sync.end()
+        while True:
+            writes = present[0] == self._sync.shard
+            path = self._write_live() if writes else None
+            if path is not None:
+                logger.warning("%s is the last checkpoint", path)
+            first, present = present[0], self._sync.end()
+            if present[0] == first:
+                return path is not None or not writes
 
     def _tell_to_end(self) -> None:
         """Let the others know, where only this rank got the signal; they look for this file."""

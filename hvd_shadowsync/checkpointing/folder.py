@@ -6,6 +6,7 @@ name with the job's identifier in it. Nothing else in the folder is looked at or
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -82,6 +83,12 @@ def under_way(folder: Path, job: str) -> list[Path]:
     return [path for path in _entries(folder, UNDER_WAY) if f"-{job}-" in path.name]
 
 
+def clear_lost(folder: Path, job: str) -> None:
+    """Remove what lost ranks of `job` had under way; on the rank that writes, which writes nothing at the moment."""
+    for path in under_way(folder, job):
+        _remove(path)
+
+
 def stop_file(folder: Path, job: str) -> Path:
     """Return the file that tells all ranks of `job` to end."""
     return folder / f".stop-{job}"
@@ -90,15 +97,18 @@ def stop_file(folder: Path, job: str) -> Path:
 class Draft:
     """A checkpoint under a hidden name, until `complete` gives it its own.
 
+    The name's last number is `attempt`, or the next one of which there is nothing: what a lost rank has left may stay.
+
     Raises:
         OSError: as everything here where the file system refuses; `discard` removes what is there.
     """
 
     def __init__(self, folder: Path, job: str, step: int, attempt: int) -> None:
         self._folder, self._step = folder, step
-        self.path = folder / f".step-{step}-{job}-{attempt}.tmp"
         self.files: dict[str, Written] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        names = (folder / f".step-{step}-{job}-{number}.tmp" for number in itertools.count(attempt))
+        self.path = next(path for path in names if not path.exists())
         self.path.mkdir()
 
     def complete(self, world_size: int) -> Path:

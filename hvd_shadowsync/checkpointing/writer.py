@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from hvd_shadowsync.checkpointing.content import Content
-from hvd_shadowsync.checkpointing.folder import Draft, prune
+from hvd_shadowsync.checkpointing.folder import Draft, clear_lost, prune
 from hvd_shadowsync.checkpointing.manifest import Written
 from hvd_shadowsync.checkpointing.tables import Tables
 from hvd_shadowsync.errors import CheckpointError
@@ -168,6 +168,7 @@ class Writer:
     def _written(self, content: Content) -> Path:
         content.examine()
         self._attempt += 1
+        clear_lost(self._folder, self._job)
         draft = Draft(self._folder, self._job, content.step, self._attempt)
         try:
             with DigestedFile(draft.path / DENSE) as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_as_threads import (
+    TIMEOUT_S,
     Content,
     content,
     make_model,
@@ -28,7 +30,9 @@ from hvd_shadowsync import BMUF, Checkpointer, CheckpointError, ElasticAveraging
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.checkpointing import folder as folders
 from hvd_shadowsync.checkpointing import writer as writers
+from hvd_shadowsync.checkpointing.folder import Draft
 from hvd_shadowsync.checkpointing.writer import DigestedFile
+from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 
 FOREGROUND: dict[str, Any] = {"sync_every": 2, "foreground": True}
@@ -38,13 +42,19 @@ PATIENCE_S = 20.0
 
 
 def on_checkpointers(
-    size: int, folder: Path, use: Callable[[Any], Any], options: dict[str, Any] | None = None, **more: Any
+    size: int,
+    folder: Path,
+    use: Callable[[Any], Any],
+    options: dict[str, Any] | None = None,
+    *,
+    outlives: bool = False,
+    **more: Any,
 ) -> list[Any]:
     """Return what `use` gives on each rank, for a namespace with model, optimizer, sync and checkpointer."""
 
     class Job:
         def __init__(self, comm: Communicator) -> None:
-            self.rank = comm.rank
+            self.rank, self.comm = comm.rank, comm
             self.model = make_model(comm.rank)
             self.optimizer = sgd(self.model, momentum=0.9)
             sync_options = {**FOREGROUND, **(options or {})}
@@ -80,7 +90,7 @@ def on_checkpointers(
             job.checkpointer.close()
             job.sync.close()
 
-    return on_ranks(size, program)
+    return local.run(size, program, timeout_s=TIMEOUT_S, kill={} if outlives else None)
 
 
 def saved_in(path: Path) -> dict[str, Any]:
@@ -727,9 +737,93 @@ def test_told_on_one_rank_all_end_with_a_last_checkpoint(driver: str, calls: str
     assert [code for code, _ in found] == [0, 0, 0]
     latest = Checkpointer.latest(tmp_path)
     assert latest is not None
-    assert same(saved_in(latest)["model"], found[0][1])
+    saved = saved_in(latest)["model"]  # since then the mean was formed once more, of replicas that are the same
+    assert saved.keys() == found[0][1].keys()
+    assert all(torch.allclose(saved[name], value, rtol=1e-6, atol=1e-6) for name, value in found[0][1].items())
     assert same({n: t for n, t in found[0][1].items() if "running" not in n and "num" not in n},
                 {n: t for n, t in found[1][1].items() if "running" not in n and "num" not in n})  # fmt: skip
+
+
+class KilledWriters:
+    """Has so many ranks lost, one after the other, while they write; call it with each rank's job."""
+
+    def __init__(self, number: int, patch: pytest.MonkeyPatch) -> None:
+        self.comms: list[Any] = []
+        self.left = number
+        real = writers.Writer._written
+
+        def written(writer: Any, content: Any) -> Path:
+            if self.left:
+                self.left -= 1
+                Draft(writer._folder, writer._job, content.step, 1)
+                next(comm for comm, its in self.comms if its is writer).die()
+                raise OSError(errno.EIO, "killed")
+            return real(writer, content)
+
+        patch.setattr(writers.Writer, "_written", written)
+
+    def __call__(self, job: Any) -> None:
+        self.comms.append((job.comm, job.checkpointer._writer))
+        job.sync.gather(None)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.leaves_threads
+def test_if_the_rank_that_writes_the_last_checkpoint_is_lost_the_next_one_writes_it(
+    lost: int, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = KilledWriters(lost, monkeypatch)
+
+    def use(job: Any) -> tuple[int | None, Content]:
+        killed(job)
+        job.train(10)
+        if job.rank == 2:
+            job.checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            job.train(1_000_000, after=lambda: time.sleep(0.0005))
+        return ended.value.code, content(job.model)
+
+    found = on_checkpointers(3, tmp_path, use, DRIVERS[driver], outlives=True)
+    assert found[:lost] == [None] * lost
+    assert [code for code, _ in found[lost:]] == [0] * (3 - lost)
+    latest = Checkpointer.latest(tmp_path)
+    assert latest is not None
+    assert not any(folders.UNDER_WAY.fullmatch(name) for name in names(tmp_path))
+    saved = saved_in(latest)["model"]
+    for name, _ in make_model().named_parameters():
+        assert torch.allclose(saved[name], found[2][1][name], atol=1e-6)
+
+
+@pytest.mark.parametrize("foreground", [True, False])
+@pytest.mark.leaves_threads
+def test_if_the_rank_that_saves_now_is_lost_the_next_one_saves(
+    foreground: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = KilledWriters(1, monkeypatch)
+
+    def use(job: Any) -> Path | None:
+        killed(job)
+        job.train(4)
+        path: Path | None = job.checkpointer.save_now()
+        return path
+
+    options = {"sync_every": 1, "foreground": foreground}
+    found = on_checkpointers(3, tmp_path, use, options, outlives=True)
+    assert found == [None] + [tmp_path / "step-4"] * 2
+    assert names(tmp_path) == ["step-4"]
+
+
+def test_what_a_lost_rank_has_left_may_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(job: Any) -> Path | None:
+        job.train(1)
+        left = Draft(tmp_path, job.checkpointer._job, 1, 1)
+        (left.path / "file").write_text("open on another host")
+        path: Path | None = job.checkpointer.save_now()
+        return path
+
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "not empty")))
+    assert on_checkpointers(1, tmp_path, use) == [tmp_path / "step-1"]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_another_code(tmp_path: Path) -> None:

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import ranks
 import torch
 from parallel.programs.problem import Data, loss_of, make_model
 
 from hvd_shadowsync import Checkpointer, ElasticAveraging, EmbeddingTable, ShadowSync, ShardedEmbeddingBag
+from hvd_shadowsync.checkpointing.folder import Draft
 from hvd_shadowsync.embedding import RowWiseAdagrad
 
 LAST = ranks.SIZE - 1
@@ -51,6 +55,21 @@ def in_the_foreground(folder: str) -> None:
 
 def with_default_signals(folder: str) -> None:
     trains(folder, signals=(signal.SIGTERM,))
+
+
+def writer_is_killed(folder: str) -> None:
+    """Rank 0 is killed while it writes the last checkpoint."""
+    if ranks.RANK == 0:
+        Draft.complete = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+    with_default_signals(folder)
+
+
+def nobody_can_write(folder: str) -> None:
+    def fail(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Draft.complete = fail  # type: ignore[method-assign]
+    with_default_signals(folder)
 
 
 def with_a_center(folder: str) -> None:
