@@ -66,12 +66,13 @@ class Checkpointer:
 
     A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
-    `SystemExit` raised, with code 0, or 1 where it could not be written. Where rank 0 is through with its steps no last
-    one is written; ranks that wait in `close()` wait on. To a whole job send it by `shadowrun`, which has Open MPI pass
-    it on as SIGUSR2 (but with `--emulated`, `--horovod`, from a terminal, or where the program has another handler for
-    that); at the second SIGTERM the job ends without. Open MPI's own mpirun, if it gets SIGTERM, passes it on and kills
-    the ranks a quarter of a second later: have the ranks signalled (Slurm's srun does that), or give
-    `end_signals=[signal.SIGTERM, signal.SIGUSR2]` and send mpirun SIGUSR2, which it passes on without killing.
+    `SystemExit` raised, with code 0, or 1 where it could not be written. So it is if all processes get the signal and a
+    DataLoader then raises that its workers are dead, unless the script deals with that. Where rank 0 is through with
+    its steps no last one is written; ranks that wait in `close()` wait on. To a whole job send it by `shadowrun`, which
+    has Open MPI pass it on as SIGUSR2 (but with `--emulated`, `--horovod`, from a terminal, or where the program has
+    another handler for that); at the second SIGTERM the job ends without. Open MPI's own mpirun, if it gets SIGTERM,
+    passes it on and kills the ranks a quarter of a second later: have the ranks signalled (Slurm's srun does that), or
+    give `end_signals=[signal.SIGTERM, signal.SIGUSR2]` and send mpirun SIGUSR2, which it passes on without killing.
 
     Construction and `load_latest` are collective, and so are `save_now` and, with sharded tables, `close`; all methods
     are for the training thread. Only one job at a time may use a folder.
@@ -133,6 +134,7 @@ class Checkpointer:
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
         self._signals = self._listen(numbers)
         sync.end_with(self._end_if_told)
+        job.end_otherwise(self._end_if_told)
         hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._hook = sync.optimizer.register_step_post_hook(hook)
         atexit.register(self._close_at_exit)
@@ -140,7 +142,7 @@ class Checkpointer:
     def _listen(self, numbers: list[signal.Signals]) -> EndSignals:
         """Listen to the signals, and where `shadowrun` passes SIGTERM on as another one, to that as well."""
         another = ending.end_signal() if signal.SIGTERM in numbers else None
-        signals = EndSignals(numbers if another is None else [*numbers, another])
+        signals = EndSignals(numbers if another is None else [*numbers, another], for_ranks=another)
         if another in signals.numbers and self._writes:
             ending.note_last_checkpoint()
         return signals
@@ -169,7 +171,7 @@ class Checkpointer:
     def save_now(self) -> Path | None:
         """Consolidate, write a checkpoint and wait for it; return its path on every rank, or None (collective).
 
-        None where it could not be written, which is logged as an error. If rank 0 is lost meanwhile the next one writes.
+        None where it could not be written, which is logged as an error. If rank 0 is lost meanwhile the next one does.
         """
         self._require_open("save_now()")
         self._sync.synchronize()
@@ -233,9 +235,14 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; after an exception leave that to the end of the process, and do not wait for others here."""
+        """Close; after an exception leave that to the end of the process, and do not wait for others here.
+
+        But if it came after a signal to end, the last checkpoint is made, and `SystemExit` raised.
+        """
         if error is None:
             self.close()
+        else:
+            self._end_if_told(error)
 
     @property
     def _writes(self) -> bool:
@@ -298,8 +305,18 @@ class Checkpointer:
 
     # --- the end of the job -----------------------------------------------------------------------------------------
 
-    def _end_if_told(self) -> None:
-        if not self._ending and (self._told_to_end or self._signals.came):
+    def _end_if_told(self, error: BaseException | None = None) -> None:
+        """End where a rank was told to, rather than wait on in a call, or die of `error`.
+
+        Batch systems signal all processes: a DataLoader whose workers are dead raises before the next step boundary.
+        """
+        told = self._told_to_end or self._signals.came or (error is not None and self._signals.comes_after(error))
+        if not told or self._ending or self._left or self._sync.is_closed or job.is_forked():
+            return
+        if error is None:
+            self._end()
+        if isinstance(error, Exception) and not isinstance(error, ShadowSyncError):
+            logger.warning("rank %d ends as it was told to, not by this error", self._sync.rank, exc_info=error)
             self._end()
 
     def _end(self) -> NoReturn:
@@ -372,6 +389,7 @@ class Checkpointer:
         self._drop_capture()
         self._hook.remove()
         self._sync.end_with(None)
+        job.end_as_ever(self._end_if_told)
         self._signals.restore()
 
     def _close_at_exit(self) -> None:

@@ -65,6 +65,45 @@ def require_last(folder: Path, outcome: Outcome) -> None:
     assert steps >= min(told) >= 20
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("case", "first"),
+    [
+        ("with_workers", "rank"),
+        ("with_workers", "workers"),
+        ("waits_for_workers", "rank"),
+        ("waits_for_workers", "workers"),
+        ("waits_in_a_block", "workers"),
+        ("handles_the_loss_of_workers", "rank"),
+    ],
+)
+def test_a_signal_to_all_processes_makes_a_last_checkpoint_as_well(case: str, first: str, tmp_path: Path) -> None:
+    """Batch systems signal the workers of DataLoaders, too, which die of it."""
+
+    def during(job: Job) -> None:
+        for pid in job.await_event("trains", ranks=2):
+            workers = children_of(pid)
+            assert len(workers) == 2
+            for each in [pid, *workers] if first == "rank" else [*workers, pid]:
+                os.kill(each, signal.SIGTERM)
+
+    outcome = run_case(case, tmp_path, during).require_success()
+    require_last(tmp_path / "checkpoints", outcome)
+    handled = outcome.events("handles")
+    assert len(handled) == (2 if case == "handles_the_loss_of_workers" else 0)
+
+
+def test_sigterm_of_shadowrun_leaves_workers_alone(tmp_path: Path) -> None:
+    """Open MPI passes signals on to all processes of a rank's group; the children let that of `shadowrun` pass."""
+    require_open_mpi(outlives_ranks=False)
+    outcome = run_case("with_workers", tmp_path, tell_shadowrun(), start=[*SHADOWRUN, "2"]).require_success()
+    require_last(tmp_path / "checkpoints", outcome)
+    assert "worker" not in outcome.errors
+
+
 def test_a_job_of_another_size_goes_on(tmp_path: Path) -> None:
     run_case("with_tables", tmp_path, tell(0, 1)).require_success()
     first = Checkpointer.latest(tmp_path / "checkpoints")
