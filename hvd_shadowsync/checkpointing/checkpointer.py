@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from hvd_shadowsync.checkpointing.folder import Stored
 from hvd_shadowsync.checkpointing.signals import EndSignals
 from hvd_shadowsync.checkpointing.tables import Tables
 from hvd_shadowsync.checkpointing.writer import DENSE, Writer
-from hvd_shadowsync.checks import check_count, check_interval
+from hvd_shadowsync.checks import check_count, check_folder, check_interval
 from hvd_shadowsync.comm import job
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.errors import CheckpointError, ShadowSyncError
@@ -58,11 +58,12 @@ class Checkpointer:
     written by their owners' threads, each row as it is at that moment.
 
     A checkpoint is a folder `step-<N>` with `model.pt`, as `checkpoint.save` writes it, a folder for each
-    `ShardedEmbeddingBag`, which has the rows of lost ranks from there (its `recover_from`), and `manifest.json` with
-    sizes and checksums. It is written under a hidden name and renamed once all of it is on disk, so a kill at any
-    moment leaves the earlier ones. A copy with NaN or infinity is not written. What cannot be written, for that or for
-    a full disk or a folder that is missing or read-only, is logged as an error and counted; training goes on, and the
-    next interval tries again, at construction as well.
+    `ShardedEmbeddingBag`, and `manifest.json` with sizes and checksums. The bags have the rows of lost ranks from there
+    (`recover_from`): from what this job has written, or loaded with `load_latest`, never from another run's. A
+    checkpoint is written under a hidden name and renamed once all of it is on disk, so a kill at any moment leaves the
+    earlier ones. A copy with NaN or infinity is not written. What cannot be written, for that or for a full disk or a
+    folder that is missing or read-only, is logged as an error and counted; training goes on, and the next interval
+    tries again, at construction as well.
 
     A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
@@ -109,6 +110,7 @@ class Checkpointer:
         extra: Any | Callable[[], Any] = None,
         end_signals: Iterable[int] = (signal.SIGTERM,),
     ) -> None:
+        check_folder("dir", dir)
         _check(model, sync, every_s, every_steps, keep)
         self._folder, self._model, self._sync = Path(dir).absolute(), model, sync
         self._every_s = EVERY_S if every_s is None and every_steps is None else every_s
@@ -116,8 +118,10 @@ class Checkpointer:
         self.extra = extra
         self.loaded: Path | None = None
         """The checkpoint that `load_latest` has loaded."""
-        numbers = [_signal_of(number) for number in end_signals]
-        self._job = sync.gather(uuid.uuid4().hex[:12])[0]
+        numbers = _signals_of(end_signals)
+        tables = _tables_of(model)
+        others = {each.manifest.seal for each in folders.stored_in(self._folder)} if tables and self._writes else set()
+        self._job, self._others = sync.gather((uuid.uuid4().hex[:12], others))[0]
         self._capture: Capture | None = None
         self._told_to_end = self._others_told = self._ending = self._left = False
         self._trouble: str | None = None
@@ -125,10 +129,9 @@ class Checkpointer:
         self._begun_at_step: int | None = None
         if self._writes:
             self._prepare()
-        tables = _tables_of(model)
         for name, module in tables.items():
             if module.recover_from is None:
-                module.recover_from = partial(_newest, self._folder, name)
+                module.recover_from = partial(_newest, self._folder, name, self._others)
         self._tables = Tables(tables)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
@@ -164,6 +167,7 @@ class Checkpointer:
             if self._is_good(stored):
                 extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
                 self.loaded = stored.path
+                self._others.discard(stored.manifest.seal)
                 self._begun_at_s, self._begun_at_step = time.monotonic(), None
                 return extra
         return None
@@ -452,16 +456,25 @@ def _check(model: Any, sync: Any, every_s: float | None, every_steps: int | None
     check_count("keep", keep, least=1)
 
 
-def _signal_of(number: int) -> signal.Signals:
+def _signals_of(numbers: Any) -> list[signal.Signals]:
+    if not isinstance(numbers, Iterable) or isinstance(numbers, (str, bytes)):
+        raise TypeError(f"end_signals={numbers!r} is no list of signals; give such as [signal.SIGTERM], or () for none")
+    return [_signal_of(number) for number in numbers]
+
+
+def _signal_of(number: Any) -> signal.Signals:
     try:
-        return signal.Signals(number)
+        found = signal.Signals(number)
     except ValueError as error:
         raise ValueError(f"end_signals has {number!r}, which is no signal; give such as signal.SIGTERM") from error
+    if found in (signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError(f"end_signals has {number!r}, which no process can wait for; give such as signal.SIGTERM")
+    return found
 
 
-def _newest(folder: Path, name: str) -> Path | None:
-    """Return where the newest checkpoint has the tables `name`."""
-    latest = folders.latest(folder)
+def _newest(folder: Path, name: str, others: Set[str]) -> Path | None:
+    """Return where the newest checkpoint has the tables `name`, but for those with seals of `others`: other runs'."""
+    latest = folders.latest_but(folder, others)
     return None if latest is None else latest / name
 
 

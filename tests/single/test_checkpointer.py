@@ -562,6 +562,12 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         ({"every_steps": 0}, ValueError, "every_steps=0 is below 1"),
         ({"keep": 0}, ValueError, "keep=0 is below 1"),
         ({"end_signals": [999]}, ValueError, "end_signals has 999"),
+        ({"end_signals": ["TERM"]}, ValueError, "end_signals has 'TERM', which is no signal; give such"),
+        ({"end_signals": [9]}, ValueError, "end_signals has 9, which no process can wait for; give such"),
+        ({"end_signals": [signal.SIGSTOP]}, ValueError, "SIGSTOP.*no process can wait for"),
+        ({"end_signals": signal.SIGTERM}, TypeError, r"SIGTERM.* is no list of signals; give such as \[signal.SIGTERM"),
+        ({"end_signals": None}, TypeError, r"end_signals=None is no list of signals; .* or \(\) for none"),
+        ({"end_signals": "TERM"}, TypeError, "end_signals='TERM' is no list of signals"),
     ],
 )
 def test_arguments(options: dict[str, Any], error: type[Exception], words: str, tmp_path: Path) -> None:
@@ -575,6 +581,21 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
         Checkpointer(tmp_path, "model", sync)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="sync is a SGD; pass the handle"):
         Checkpointer(tmp_path, model, sync.optimizer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("folder", "error", "words"),
+    [
+        (5, TypeError, "dir=5 is no path; give a str or a pathlib.Path"),
+        (None, TypeError, "dir=None is no path"),
+        (b"x", TypeError, "dir=b'x' is no path"),
+        ("a\0b", ValueError, r"dir='a\\x00b' has a zero byte"),
+        ("", ValueError, "dir='' is empty; give the path of a folder, '.' for the current one"),
+    ],
+)
+def test_folders_that_are_none(folder: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Checkpointer(folder, *_alone())
 
 
 def test_calls_after_close(tmp_path: Path) -> None:
