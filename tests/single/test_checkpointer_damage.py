@@ -187,8 +187,11 @@ while True:
 FORKS = """
 import os
 import sys
-import hvd_shadowsync.checkpointing  # for all children at once: torch takes seconds
+import torch
+import hvd_shadowsync.checkpointing  # for all children at once: this, and what torch imports late, takes seconds
 import hvd_shadowsync.comm.local
+torch.compiler.disable(print)
+torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
 
 for _ in sys.stdin:
     if (pid := os.fork()) == 0:
