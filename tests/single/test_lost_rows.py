@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -458,6 +459,38 @@ def test_a_rank_that_takes_rows_over_while_it_writes_says_whose_it_has_written(
     bags: Any = {"bags": Bag()}
     tables.Tables(bags).answer(tmp_path, "job")
     assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": written[0]}
+
+
+def test_an_answer_that_cannot_be_left_in_the_folder_is_left_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are written once."""
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    (folder / "request.json").write_text('{"generation": "0123456789ab"}')
+    written: list[Path] = []
+
+    class Bag:
+        group = SimpleNamespace(comm=SimpleNamespace(members=[0, 1], rank=1))
+
+    def write_shards(path: Path, *_: Any, **__: Any) -> list[Any]:
+        written.append(path)
+        return []
+
+    def away(*_: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(tables, "under_way", lambda *_: [folder])
+    monkeypatch.setattr(files, "write_shards", write_shards)
+    bags: Any = {"bags": Bag()}
+    ours = tables.Tables(bags)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Stale"):
+        patch.setattr(tables, "write_whole", away)
+        ours.answer(tmp_path, "job")
+    for _ in range(2):
+        ours.answer(tmp_path, "job")
+    assert written == [folder / "bags"]
+    assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": [0, 1]}
 
 
 @pytest.mark.leaves_threads
