@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 
 def check_interval(
@@ -37,3 +39,14 @@ def choice(name: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; give one of {', '.join(map(repr, known))}")
     return value
+
+
+def check_folder(name: str, value: Any) -> None:
+    """Raise unless `value` of the argument `name` can be the path of a folder, there or not."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str):
+        raise TypeError(f"{name}={value!r} is no path; give a str or a pathlib.Path")
+    if not path:
+        raise ValueError(f"{name}={value!r} is empty; give the path of a folder, '.' for the current one")
+    if "\0" in path:
+        raise ValueError(f"{name}={value!r} has a zero byte, as no path has; give the path of a folder")

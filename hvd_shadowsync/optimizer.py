@@ -188,7 +188,7 @@ class ShadowSync:
         self._driver: Driver | None = None
         self._loaded: dict[str, Any] | None = None
         self._averaged = self._skip_average = self._leave_out_rounds = False
-        self._ending: Callable[[], None] | None = None
+        self._ending: Callable[..., None] | None = None
         self._closed = self._paused = self._started = False
         self._number, self._owner = next(_NUMBERS), threading.current_thread()
         self._end_job = end_job_on_exception
@@ -372,21 +372,28 @@ class ShadowSync:
         """Whether `close()` was called."""
         return self._closed
 
-    def end_with(self, ending: Callable[[], None] | None) -> None:
-        """Have `ending` called now and then while this rank waits in a collective call; it raises to end the wait."""
+    def end_with(self, ending: Callable[..., None] | None) -> None:
+        """Have `ending` called now and then while this rank waits in a collective call; it raises to end the wait.
+
+        And with the exception by which the block of a `with` statement ends.
+        """
         self._ending = ending
         if self._driver is not None:
             self._driver.ending = ending
 
-    def end(self) -> None:
-        """Consolidate for the last time, whatever calls other ranks are in: they come, or leave (collective)."""
+    def end(self) -> tuple[int, ...]:
+        """Consolidate for the last time, whatever calls other ranks are in: they come, or leave (collective).
+
+        Return the shards of the ranks that were there, rank 0's first: the same on all of them.
+        """
         self._require_open("end()")
-        if not self._alone:
-            self._finish_warmup(leaving=False)
-            if self._warmup.left:
-                self._start_alike()
-            else:
-                self._begun().end()
+        if self._alone:
+            return (self.shard,)
+        self._finish_warmup(leaving=False)
+        if not self._warmup.left:
+            return self._begun().end()
+        self._start_alike()
+        return tuple(self._ranks.comm.members)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -454,6 +461,8 @@ class ShadowSync:
         if error is None:
             self.close()
         elif self._driver is not None:
+            if self._ending is not None:
+                self._ending(error)
             self._driver.leave(wait=False)
 
     # --- Horovod's gradient calls, for clipping recipes --------------------------------------------------------------

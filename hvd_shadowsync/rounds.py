@@ -487,6 +487,7 @@ class Rounds:
             copy.add(slice(0, self._snapshot.numel()), self._snapshot)
             self._finish_capture(copy)
         staged = self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
+        staged.members = tuple(self._comm.members)
         if self._health.bad is not None:
             self._health.note_healed(others_progress=False)  # nobody trains
             staged.heals = True

@@ -41,6 +41,7 @@ class Driver(ABC):
         """Called in the training thread before live weights with bad numbers become the others'."""
         self.whereabouts = rounds.whereabouts
         self.whereabouts.steps = lambda: metrics.steps
+        self._consolidated: tuple[int, ...] = ()
 
     @abstractmethod
     def fail(self, error: StallError) -> None:
@@ -75,8 +76,11 @@ class Driver(ABC):
         """Wait until all ranks are here, then make all replicas bit-identical."""
 
     @abstractmethod
-    def end(self) -> None:
-        """Like `synchronize`, beside whatever the others wait in: they go on until they end as well, or leave."""
+    def end(self) -> tuple[int, ...]:
+        """Like `synchronize`, beside whatever the others wait in: they go on until they end as well, or leave.
+
+        Return the numbers of the ranks that were there, the first rank's first: the same on all of them.
+        """
 
     @abstractmethod
     def leave(self, *, wait: bool = True) -> None:
@@ -130,11 +134,12 @@ class Foreground(Driver):
             while self._run(Intent.CONSOLIDATE) is not Verdict.CONSOLIDATE:
                 self._look_for_the_end()
 
-    def end(self) -> None:
+    def end(self) -> tuple[int, ...]:
         """See `Driver.end`."""
         with self.whereabouts.calling(CALLS[Intent.END]):
             while self._run(Intent.END) is not Verdict.CONSOLIDATE:
                 pass
+        return self._consolidated
 
     def leave(self, *, wait: bool = True) -> None:
         """See `Driver.leave`; foreground rounds cannot be left without waiting, so `wait=False` does nothing."""
@@ -160,6 +165,7 @@ class Foreground(Driver):
         if not isinstance(result, Staged):
             return result
         merge_staged(result, self.metrics, mend=self.mend)
+        self._consolidated = result.members
         return result.verdict
 
 
@@ -283,10 +289,11 @@ class ShadowThread(Driver):
         target = self._consolidations + 1
         self._wait_in(Intent.CONSOLIDATE, lambda: self._consolidations >= target)
 
-    def end(self) -> None:
+    def end(self) -> tuple[int, ...]:
         """See `Driver.end`."""
         target = self._consolidations + 1
         self._wait_in(Intent.END, lambda: self._consolidations >= target)
+        return self._consolidated
 
     def leave(self, *, wait: bool = True) -> None:
         """See `Driver.leave`."""
@@ -327,6 +334,7 @@ class ShadowThread(Driver):
         self._steps_merged = self._staged.steps
         if self._staged.verdict is Verdict.CONSOLIDATE:
             self._consolidations += 1
+            self._consolidated = self._staged.members
         if self._staged.heals:
             self._steps_at_round = self.metrics.steps  # the next round is to see what steps make of it
         self._staged = None

@@ -22,6 +22,7 @@ class Staged:
     """The result of a round, ready for the live tensors of `replica`; `integers` where they come from another rank.
 
     With `heals` the live tensors had bad numbers, and become the others'; those numbered in `still` stay as they are.
+    `members` are the numbers of the ranks that a consolidation is of, the first rank's first: the same on all of them.
     """
 
     replica: Replica
@@ -34,6 +35,7 @@ class Staged:
     sample: Tensor | None = None
     heals: bool = False
     still: frozenset[int] = frozenset()
+    members: tuple[int, ...] = ()
 
     def merge(self, *, hogwild: bool = False) -> Progress | None:
         """Bring the result into the live tensors; return what of the progress in flight is left, where it is told."""

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from hvd_shadowsync.checkpointing.folder import Stored
 from hvd_shadowsync.checkpointing.signals import EndSignals
 from hvd_shadowsync.checkpointing.tables import Tables
 from hvd_shadowsync.checkpointing.writer import DENSE, Writer
-from hvd_shadowsync.checks import check_count, check_interval
+from hvd_shadowsync.checks import check_count, check_folder, check_interval
 from hvd_shadowsync.comm import job
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.errors import CheckpointError, ShadowSyncError
@@ -57,20 +57,22 @@ class Checkpointer:
     written by their owners' threads, each row as it is at that moment.
 
     A checkpoint is a folder `step-<N>` with `model.pt`, as `checkpoint.save` writes it, a folder for each
-    `ShardedEmbeddingBag`, which has the rows of lost ranks from there (its `recover_from`), and `manifest.json` with
-    sizes and checksums. It is written under a hidden name and renamed once all of it is on disk, so a kill at any
-    moment leaves the earlier ones. A copy with NaN or infinity is not written. What cannot be written, for that or for
-    a full disk or a folder that is missing or read-only, is logged as an error and counted; training goes on, and the
-    next interval tries again, at construction as well.
+    `ShardedEmbeddingBag`, and `manifest.json` with sizes and checksums. The bags have the rows of lost ranks from there
+    (`recover_from`): from what this job has written, or loaded with `load_latest`, never from another run's. A
+    checkpoint is written under a hidden name and renamed once all of it is on disk, so a kill at any moment leaves the
+    earlier ones. A copy with NaN or infinity is not written. What cannot be written, for that or for a full disk or a
+    folder that is missing or read-only, is logged as an error and counted; training goes on, and the next interval
+    tries again, at construction as well.
 
     A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
-    `SystemExit` raised, with code 0, or 1 where it could not be written. Where rank 0 is through with its steps no last
-    one is written; ranks that wait in `close()` wait on. To a whole job send it by `shadowrun`, which has Open MPI pass
-    it on as SIGUSR2 (but with `--emulated`, `--horovod`, from a terminal, or where the program has another handler for
-    that); at the second SIGTERM the job ends without. Open MPI's own mpirun, if it gets SIGTERM, passes it on and kills
-    the ranks a quarter of a second later: have the ranks signalled (Slurm's srun does that), or give
-    `end_signals=[signal.SIGTERM, signal.SIGUSR2]` and send mpirun SIGUSR2, which it passes on without killing.
+    `SystemExit` raised, with code 0, or 1 where it could not be written. So it is if all processes get the signal and a
+    DataLoader then raises that its workers are dead, unless the script deals with that. Where rank 0 is through with
+    its steps no last one is written; ranks that wait in `close()` wait on. To a whole job send it by `shadowrun`, which
+    has Open MPI pass it on as SIGUSR2 (but with `--emulated`, `--horovod`, from a terminal, or where the program has
+    another handler for that); at the second SIGTERM the job ends without. Open MPI's own mpirun, if it gets SIGTERM,
+    passes it on and kills the ranks a quarter of a second later: have the ranks signalled (Slurm's srun does that), or
+    give `end_signals=[signal.SIGTERM, signal.SIGUSR2]` and send mpirun SIGUSR2, which it passes on without killing.
 
     Construction and `load_latest` are collective, and so are `save_now` and, with sharded tables, `close`; all methods
     are for the training thread. Only one job at a time may use a folder.
@@ -107,6 +109,7 @@ class Checkpointer:
         extra: Any | Callable[[], Any] = None,
         end_signals: Iterable[int] = (signal.SIGTERM,),
     ) -> None:
+        check_folder("dir", dir)
         _check(model, sync, every_s, every_steps, keep)
         self._folder, self._model, self._sync = Path(dir).absolute(), model, sync
         self._every_s = EVERY_S if every_s is None and every_steps is None else every_s
@@ -114,23 +117,26 @@ class Checkpointer:
         self.extra = extra
         self.loaded: Path | None = None
         """The checkpoint that `load_latest` has loaded."""
-        numbers = [_signal_of(number) for number in end_signals]
-        self._job = sync.name()
+        numbers = _signals_of(end_signals)
+        tables = _tables_of(model)
+        others = {each.manifest.seal for each in folders.stored_in(self._folder)} if tables and self._writes else set()
+        self._job, self._others = sync.name(), sync.gather(others)[0]
         self._capture: Capture | None = None
-        self._told_to_end = self._ending = self._left = False
+        self._told_to_end = self._others_told = self._ending = self._left = False
+        self._trouble: str | None = None
         self._begun_at_s = time.monotonic()
         self._begun_at_step: int | None = None
         if self._writes:
             self._prepare()
-        tables = _tables_of(model)
         for name, module in tables.items():
             if module.recover_from is None:
-                module.recover_from = partial(_newest, self._folder, name)
+                module.recover_from = partial(_newest, self._folder, name, self._others)
         self._tables = Tables(tables)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
         self._signals = self._listen(numbers)
         sync.end_with(self._end_if_told)
+        job.end_otherwise(self._end_if_told)
         hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._hook = sync.optimizer.register_step_post_hook(hook)
         atexit.register(self._close_at_exit)
@@ -138,7 +144,7 @@ class Checkpointer:
     def _listen(self, numbers: list[signal.Signals]) -> EndSignals:
         """Listen to the signals, and where `shadowrun` passes SIGTERM on as another one, to that as well."""
         another = ending.end_signal() if signal.SIGTERM in numbers else None
-        signals = EndSignals(numbers if another is None else [*numbers, another])
+        signals = EndSignals(numbers if another is None else [*numbers, another], for_ranks=another)
         if another in signals.numbers and self._writes:
             ending.note_last_checkpoint()
         return signals
@@ -160,6 +166,7 @@ class Checkpointer:
             if self._is_good(stored):
                 extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
                 self.loaded = stored.path
+                self._others.discard(stored.manifest.seal)
                 self._begun_at_s, self._begun_at_step = time.monotonic(), None
                 return extra
         return None
@@ -167,14 +174,18 @@ class Checkpointer:
     def save_now(self) -> Path | None:
         """Consolidate, write a checkpoint and wait for it; return its path on every rank, or None (collective).
 
-        None where it could not be written, which is logged as an error.
+        None where it could not be written, which is logged as an error. If rank 0 is lost meanwhile the next one does.
         """
         self._require_open("save_now()")
         self._sync.synchronize()
         self._sync.average_optimizer_state()
         self._drop_capture()
-        path: Path | None = self._sync.gather(self._write_live() if self._writes else None)[0]
-        return path
+        while True:
+            writes = self._writes
+            everyone = self._sync.gather((writes, self._write_live() if writes else None))
+            if found := [path for wrote, path in everyone if wrote]:
+                first: Path | None = found[0]
+                return first
 
     def stop(self) -> None:
         """Do what a signal to end does: a last checkpoint, and `SystemExit` on every rank (one rank is enough)."""
@@ -227,9 +238,14 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; after an exception leave that to the end of the process, and do not wait for others here."""
+        """Close; after an exception leave that to the end of the process, and do not wait for others here.
+
+        But if it came after a signal to end, the last checkpoint is made, and `SystemExit` raised.
+        """
         if error is None:
             self.close()
+        else:
+            self._end_if_told(error)
 
     @property
     def _writes(self) -> bool:
@@ -292,8 +308,18 @@ class Checkpointer:
 
     # --- the end of the job -----------------------------------------------------------------------------------------
 
-    def _end_if_told(self) -> None:
-        if not self._ending and (self._told_to_end or self._signals.came):
+    def _end_if_told(self, error: BaseException | None = None) -> None:
+        """End where a rank was told to, rather than wait on in a call, or die of `error`.
+
+        Batch systems signal all processes: a DataLoader whose workers are dead raises before the next step boundary.
+        """
+        told = self._told_to_end or self._signals.came or (error is not None and self._signals.comes_after(error))
+        if not told or self._ending or self._left or self._sync.is_closed or job.is_forked():
+            return
+        if error is None:
+            self._end()
+        if isinstance(error, Exception) and not isinstance(error, ShadowSyncError):
+            logger.warning("rank %d ends as it was told to, not by this error", self._sync.rank, exc_info=error)
             self._end()
 
     def _end(self) -> NoReturn:
@@ -304,36 +330,61 @@ class Checkpointer:
             "rank %d was told to end at step %d: a last checkpoint is to be made", self._sync.rank, self._sync.steps
         )
         self._drop_capture()
-        self._sync.end()
-        written = not self._writes or (path := self._write_live()) is not None
-        if self._writes and written:
-            logger.warning("%s is the last checkpoint", path)
-        if self._tables:
-            self._sync.end()  # until then this rank's thread writes rows for rank 0
+        written = self._write_last()
         self._leave()
         raise SystemExit(0 if written else 1)
+
+    def _write_last(self) -> bool:
+        """Have the first rank write the last checkpoint, or the next one if it is lost; False where this one could not.
+
+        Until all come together again this rank's thread writes rows for the one that writes.
+        """
+        present = self._sync.end()
+        while True:
+            writes = present[0] == self._sync.shard
+            path = self._write_live() if writes else None
+            if path is not None:
+                logger.warning("%s is the last checkpoint", path)
+            first, present = present[0], self._sync.end()
+            if present[0] == first:
+                return path is not None or not writes
 
     def _tell_to_end(self) -> None:
         """Let the others know, where only this rank got the signal; they look for this file."""
         self._told_to_end = True
-        if self._sync.size > 1:
-            try:
-                folders.stop_file(self._folder, self._job).touch()
-            except OSError as error:
-                logger.error("the other ranks cannot be told to end: %s", error)
+        try:
+            self._tell_others()
+        except OSError as error:
+            self._note_trouble(error)
+
+    def _tell_others(self) -> None:
+        if self._sync.size > 1 and not self._others_told:
+            folders.stop_file(self._folder, self._job).touch()
+            self._others_told = True
 
     def _look(self) -> None:
-        """Look into the folder, in the writer's thread: are all to end, are rows wanted?"""
-        if self._signals.came and not self._told_to_end:
-            self._tell_to_end()
-        self._told_to_end = self._told_to_end or folders.stop_file(self._folder, self._job).exists()
-        if self._tables and not self._writes:
-            try:
+        """Look into the folder, in the writer's thread: are all to end, are rows wanted? The next look tries again."""
+        self._told_to_end = self._told_to_end or self._signals.came
+        try:
+            if self._told_to_end:
+                self._tell_others()
+            elif folders.stop_file(self._folder, self._job).exists():
+                self._told_to_end = self._others_told = True
+            if self._tables and not self._writes:
                 self._tables.answer(self._folder, self._job)
-            except Exception as error:
-                self._writer.counters.failures += 1
-                self._writer.counters.last_error = repr(error)
-                logger.error("rows of the sharded tables were not written for a checkpoint: %r", error)
+        except Exception as error:
+            self._note_trouble(error)
+        else:
+            self._trouble = None
+
+    def _note_trouble(self, error: Exception) -> None:
+        """Log what is wrong with the folder, once until it is another thing."""
+        if (trouble := repr(error)) != self._trouble:
+            logger.error(
+                "rank %d has trouble with %s: %s; it tries again", self._sync.rank, self._folder, error,
+                exc_info=None if isinstance(error, OSError) else error,
+            )  # fmt: skip
+        self._trouble = trouble
 
     def _leave(self) -> None:
         """Begin no more; the thread lives on, for what it is writing and for other ranks' checkpoints."""
@@ -341,6 +392,7 @@ class Checkpointer:
         self._drop_capture()
         self._hook.remove()
         self._sync.end_with(None)
+        job.end_as_ever(self._end_if_told)
         self._signals.restore()
 
     def _close_at_exit(self) -> None:
@@ -403,16 +455,25 @@ def _check(model: Any, sync: Any, every_s: float | None, every_steps: int | None
     check_count("keep", keep, least=1)
 
 
-def _signal_of(number: int) -> signal.Signals:
+def _signals_of(numbers: Any) -> list[signal.Signals]:
+    if not isinstance(numbers, Iterable) or isinstance(numbers, (str, bytes)):
+        raise TypeError(f"end_signals={numbers!r} is no list of signals; give such as [signal.SIGTERM], or () for none")
+    return [_signal_of(number) for number in numbers]
+
+
+def _signal_of(number: Any) -> signal.Signals:
     try:
-        return signal.Signals(number)
+        found = signal.Signals(number)
     except ValueError as error:
         raise ValueError(f"end_signals has {number!r}, which is no signal; give such as signal.SIGTERM") from error
+    if found in (signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError(f"end_signals has {number!r}, which no process can wait for; give such as signal.SIGTERM")
+    return found
 
 
-def _newest(folder: Path, name: str) -> Path | None:
-    """Return where the newest checkpoint has the tables `name`."""
-    latest = folders.latest(folder)
+def _newest(folder: Path, name: str, others: Set[str]) -> Path | None:
+    """Return where the newest checkpoint has the tables `name`, but for those with seals of `others`: other runs'."""
+    latest = folders.latest_but(folder, others)
     return None if latest is None else latest / name
 
 

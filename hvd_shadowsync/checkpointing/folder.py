@@ -6,11 +6,12 @@ name with the job's identifier in it. Nothing else in the folder is looked at or
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,14 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
     All its bytes are read. What is damaged is passed over, with a warning that says what is wrong. The weights are in
     `model.pt` below it, for `checkpoint.load`, or `torch.load(..., weights_only=True)` in a plain script.
     """
-    for stored in stored_in(Path(folder)):
+    return latest_but(Path(folder), ())
+
+
+def latest_but(folder: Path, seals: Collection[str]) -> Path | None:
+    """Return the same as `latest`, of those whose manifests have other seals."""
+    for stored in stored_in(folder):
+        if stored.manifest.seal in seals:
+            continue
         try:
             manifests.check(stored.path, stored.manifest)
         except CheckpointError as error:
@@ -82,6 +90,12 @@ def under_way(folder: Path, job: str) -> list[Path]:
     return [path for path in _entries(folder, UNDER_WAY) if f"-{job}-" in path.name]
 
 
+def clear_lost(folder: Path, job: str) -> None:
+    """Remove what lost ranks of `job` had under way; on the rank that writes, which writes nothing at the moment."""
+    for path in under_way(folder, job):
+        _remove(path)
+
+
 def stop_file(folder: Path, job: str) -> Path:
     """Return the file that tells all ranks of `job` to end."""
     return folder / f".stop-{job}"
@@ -90,15 +104,18 @@ def stop_file(folder: Path, job: str) -> Path:
 class Draft:
     """A checkpoint under a hidden name, until `complete` gives it its own.
 
+    The name's last number is `attempt`, or the next one of which there is nothing: what a lost rank has left may stay.
+
     Raises:
         OSError: as everything here where the file system refuses; `discard` removes what is there.
     """
 
     def __init__(self, folder: Path, job: str, step: int, attempt: int) -> None:
         self._folder, self._step = folder, step
-        self.path = folder / f".step-{step}-{job}-{attempt}.tmp"
         self.files: dict[str, Written] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        names = (folder / f".step-{step}-{job}-{number}.tmp" for number in itertools.count(attempt))
+        self.path = next(path for path in names if not path.exists())
         self.path.mkdir()
 
     def complete(self, world_size: int) -> Path:

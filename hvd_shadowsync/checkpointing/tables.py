@@ -43,7 +43,8 @@ class Tables:
 
     def __init__(self, modules: dict[str, ShardedEmbeddingBag]) -> None:
         self._modules = modules
-        self._answered: set[str] = set()
+        self._answers: dict[str, Done | None] = {}
+        """What there is to say of each folder under way; None once it is said."""
 
     def __bool__(self) -> bool:
         return bool(self._modules)
@@ -79,20 +80,23 @@ class Tables:
         """Write this rank's rows wherever `job` is writing a checkpoint and waits for them; on the other ranks.
 
         Raises:
-            OSError: this rank could not, nor say so; the rank that waits does not hear of it in time.
+            OSError: this rank could not say so; the next call tries again.
         """
         for path in under_way(folder, job):
-            if path.name in self._answered or not (path / REQUEST).exists():
-                continue
-            self._answered.add(path.name)
-            groups = self._groups()
-            try:
-                generation = json.loads((path / REQUEST).read_bytes())["generation"]
-                done = self._write_own(path, generation, groups)
-            except (OSError, CheckpointError, SafetensorError) as error:
-                done = {"failure": str(error), "members": _members(groups)}
-            comm = next(iter(groups.values())).comm
-            write_whole(path / _name(comm.members[comm.rank]), json.dumps(done).encode())
+            if path.name not in self._answers and (path / REQUEST).exists():
+                self._answers[path.name] = self._answer_to(path)
+            if (done := self._answers.get(path.name)) is not None:
+                comm = next(iter(self._modules.values())).group.comm
+                write_whole(path / _name(comm.members[comm.rank]), json.dumps(done).encode())
+                self._answers[path.name] = None
+
+    def _answer_to(self, path: Path) -> Done:
+        groups = self._groups()
+        try:
+            generation = json.loads((path / REQUEST).read_bytes())["generation"]
+            return self._write_own(path, generation, groups)
+        except (OSError, CheckpointError, SafetensorError) as error:
+            return {"failure": str(error), "members": _members(groups)}
 
     def _write_own(self, path: Path, generation: str, groups: dict[str, Group]) -> Done:
         """Write what this rank holds in `groups`: another thread may take over more meanwhile, in others."""

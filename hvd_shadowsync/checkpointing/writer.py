@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from hvd_shadowsync.checkpointing.content import Content
-from hvd_shadowsync.checkpointing.folder import Draft, prune
+from hvd_shadowsync.checkpointing.folder import Draft, clear_lost, prune
 from hvd_shadowsync.checkpointing.manifest import Written
 from hvd_shadowsync.checkpointing.tables import Tables
 from hvd_shadowsync.errors import CheckpointError
@@ -47,13 +47,15 @@ class Counters:
 class Writer:
     """Writes one checkpoint at a time in a daemon thread, on the rank that writes; looks around twice a second.
 
+    Whatever ends the thread, nobody waits for it any more: what is submitted then is a failure at once.
+
     Args:
         folder: of checkpoints.
         job: identifier of this job, 12 hexadecimal digits.
         size: ranks.
         keep: how many checkpoints are kept.
         tables: sharded tables, of which every rank writes its own rows.
-        look: called twice a second in the thread, None where nobody needs that.
+        look: called twice a second in the thread, None where nobody needs that; deals with its errors itself.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Writer:
         """Whether the process is about to end: no other rank's rows are waited for then."""
         self._changed = threading.Condition()
         self._content: Content | None = None
-        self._attempt, self._closing = 0, False
+        self._attempt, self._closing, self._ended = 0, False, False
         self._thread = threading.Thread(target=self._main, name="checkpointer", daemon=True)
         self._start()
 
@@ -88,8 +90,11 @@ class Writer:
     def submit(self, content: Content) -> None:
         """Have `content` written."""
         with self._changed:
-            self._content = content
-            self._changed.notify_all()
+            if not self._ended:
+                self._content = content
+                self._changed.notify_all()
+                return
+        self._note_failure(content, CheckpointError("the thread that writes has ended; its error is above"))
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Return when nothing is being written any more, or after `timeout_s`; tell which."""
@@ -108,15 +113,20 @@ class Writer:
     def _main(self) -> None:
         torch.set_num_threads(1)
         self._ready.set()
-        _give_way()
-        while self._await_work():
-            if self._content is not None:
-                self._write(self._content)
-                with self._changed:
-                    self._content = None
-                    self._changed.notify_all()
-            if self._look is not None:
-                self._look()
+        try:
+            _give_way()
+            while self._await_work():
+                if self._content is not None:
+                    self._write(self._content)
+                    with self._changed:
+                        self._content = None
+                        self._changed.notify_all()
+                if self._look is not None:
+                    self._look()
+        finally:
+            with self._changed:
+                self._content, self._ended = None, True
+                self._changed.notify_all()
 
     def _await_work(self) -> bool:
         with self._changed:
@@ -130,18 +140,24 @@ class Writer:
         try:
             path = self._written(content)
         except Exception as error:
-            self.counters.failures += 1
-            self.counters.last_error = str(error) if isinstance(error, CheckpointError) else repr(error)
-            expected = isinstance(error, (OSError, CheckpointError, SafetensorError))
-            logger.error(
-                "no checkpoint of step %d in %s: %s; earlier ones stay",
-                content.step, self._folder, self.counters.last_error, exc_info=not expected,
-            )  # fmt: skip
+            self._note_failure(content, error)
             return
         self.counters.written += 1
         self.counters.step, self.counters.last_path = content.step, path
         self.counters.write_s = time.monotonic() - begun
-        prune(self._folder, self._keep)
+        try:
+            prune(self._folder, self._keep)
+        except Exception:
+            logger.exception("earlier checkpoints in %s are not removed; the next one tries again", self._folder)
+
+    def _note_failure(self, content: Content, error: Exception) -> None:
+        self.counters.failures += 1
+        self.counters.last_error = str(error) if isinstance(error, CheckpointError) else repr(error)
+        expected = isinstance(error, (OSError, CheckpointError, SafetensorError))
+        logger.error(
+            "no checkpoint of step %d in %s: %s; earlier ones stay",
+            content.step, self._folder, self.counters.last_error, exc_info=None if expected else error,
+        )  # fmt: skip
 
     def _is_wanted(self) -> bool:
         """Tell whether other ranks' rows are still waited for; whoever waits looks around."""
@@ -152,6 +168,7 @@ class Writer:
     def _written(self, content: Content) -> Path:
         content.examine()
         self._attempt += 1
+        clear_lost(self._folder, self._job)
         draft = Draft(self._folder, self._job, content.step, self._attempt)
         try:
             with DigestedFile(draft.path / DENSE) as file:

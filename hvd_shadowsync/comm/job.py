@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 from hvd_shadowsync.comm import spares
 from hvd_shadowsync.ending import note_started, tell
 from hvd_shadowsync.errors import CutOffError, ShadowSyncError, TransportError
+
+logger = logging.getLogger(__name__)
 
 _PROCESS = os.getpid()
 WORLD_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "MPI_LOCALNRANKS")
@@ -82,13 +85,22 @@ def check_launch(mpi: Any) -> None:
 
 
 class _EndsJob:
-    """An excepthook: first the one before it, then the end of the whole job, while `active`."""
+    """An excepthook: first the one before it, then the end of the whole job, while `active`.
+
+    But if one of `endings` raises `SystemExit` for it, that is all.
+    """
 
     def __init__(self, previous: Callable[..., Any]) -> None:
         self._previous = previous
         self.active, self.spares_others = True, False
+        self.endings: list[Callable[[BaseException], None]] = []
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        for ending in [] if is_forked() else list(self.endings):
+            try:
+                ending(error)
+            except Exception:
+                logger.exception("this process cannot end otherwise than by an error")
         self._previous(kind, error, trace)
         if not self.active:
             return
@@ -118,6 +130,18 @@ def spare_others_on_exception() -> None:
     """
     if isinstance(sys.excepthook, _EndsJob):
         sys.excepthook.spares_others = True
+
+
+def end_otherwise(ending: Callable[[BaseException], None]) -> None:
+    """Have `ending` called with an uncaught exception of this process first; it may raise `SystemExit` in its place."""
+    if isinstance(sys.excepthook, _EndsJob):
+        sys.excepthook.endings.append(ending)
+
+
+def end_as_ever(ending: Callable[[BaseException], None]) -> None:
+    """Have `ending` called no more (idempotent)."""
+    if isinstance(sys.excepthook, _EndsJob) and ending in sys.excepthook.endings:
+        sys.excepthook.endings.remove(ending)
 
 
 def is_forked() -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from hvd_shadowsync import agree
-from hvd_shadowsync.checks import check_count, check_flag, choice
+from hvd_shadowsync.checks import check_count, check_flag, check_folder, choice
 from hvd_shadowsync.comm import job, mpi, spares
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
@@ -151,6 +151,8 @@ class ShardedEmbeddingBag(nn.Module):
         check_flag("share_memory", share_memory)
         check_flag("debug", debug)
         _check_replication(replication, mode)
+        if recover_from is not None and not callable(recover_from):
+            check_folder("recover_from", recover_from)
         check_count("seed", seed, least=0)
         if communicator is not None and not isinstance(communicator, Communicator):
             raise TypeError(

@@ -70,6 +70,45 @@ def test_a_signal_to_one_rank_of_a_job_that_outlives_its_ranks(tmp_path: Path) -
     require_last(tmp_path / "checkpoints", outcome)
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("case", "first"),
+    [
+        ("with_workers", "rank"),
+        ("with_workers", "workers"),
+        ("waits_for_workers", "rank"),
+        ("waits_for_workers", "workers"),
+        ("waits_in_a_block", "workers"),
+        ("handles_the_loss_of_workers", "rank"),
+    ],
+)
+def test_a_signal_to_all_processes_makes_a_last_checkpoint_as_well(case: str, first: str, tmp_path: Path) -> None:
+    """Batch systems signal the workers of DataLoaders, too, which die of it."""
+
+    def during(job: Job) -> None:
+        for pid in job.await_event("trains", ranks=2):
+            workers = children_of(pid)
+            assert len(workers) == 2
+            for each in [pid, *workers] if first == "rank" else [*workers, pid]:
+                os.kill(each, signal.SIGTERM)
+
+    outcome = run_case(case, tmp_path, during).require_success()
+    require_last(tmp_path / "checkpoints", outcome)
+    handled = outcome.events("handles")
+    assert len(handled) == (2 if case == "handles_the_loss_of_workers" else 0)
+
+
+def test_sigterm_of_shadowrun_leaves_workers_alone(tmp_path: Path) -> None:
+    """Open MPI passes signals on to all processes of a rank's group; the children let that of `shadowrun` pass."""
+    require_open_mpi(outlives_ranks=False)
+    outcome = run_case("with_workers", tmp_path, tell_shadowrun(), start=[*SHADOWRUN, "2"]).require_success()
+    require_last(tmp_path / "checkpoints", outcome)
+    assert "worker" not in outcome.errors
+
+
 def test_a_job_of_another_size_goes_on(tmp_path: Path) -> None:
     run_case("with_tables", tmp_path, tell(0, 1)).require_success()
     first = Checkpointer.latest(tmp_path / "checkpoints")
@@ -89,24 +128,48 @@ def test_a_signal_that_the_launcher_passes_on(tmp_path: Path) -> None:
     assert Checkpointer.latest(tmp_path / "checkpoints") is not None
 
 
-@pytest.mark.parametrize(
-    ("fault_tolerant", "options"), [(False, []), (True, ["--respawn", "1"]), (False, ["--restarts", "1"])], ids=str
-)
-def test_sigterm_of_shadowrun_makes_a_last_checkpoint_and_a_clean_exit(
-    fault_tolerant: bool, options: list[str], tmp_path: Path
-) -> None:
-    if find_mpi().kind != "openmpi":
-        pytest.skip(f"needs Open MPI, {find_mpi().mpirun} is none")
+SHADOWRUN = [sys.executable, "-m", "hvd_shadowsync.run", "-np"]
 
+
+def tell_shadowrun(ranks: int = 2) -> Callable[[Job], None]:
     def during(job: Job) -> None:
-        job.await_event("trains", ranks=2)
+        job.await_event("trains", ranks=ranks)
         job.send(signal.SIGTERM)
 
-    start = shadowrun(2, *options, fault_tolerant=fault_tolerant)
-    outcome = run_case("with_default_signals", tmp_path, during, start=start).require_success()
+    return during
+
+
+def require_open_mpi(*, outlives_ranks: bool) -> None:
+    mpi = find_mpi()
+    if mpi.kind != "openmpi" or (outlives_ranks and mpi.version < (5,)):
+        pytest.skip(f"needs Open MPI, {mpi.mpirun} is of {mpi.kind} {'.'.join(map(str, mpi.version))}")
+
+
+@pytest.mark.parametrize("options", [[], ["--fault-tolerant", "--respawn", "1"], ["--restarts", "1"]], ids=str)
+def test_sigterm_of_shadowrun_makes_a_last_checkpoint_and_a_clean_exit(options: list[str], tmp_path: Path) -> None:
+    require_open_mpi(outlives_ranks=options[:1] == ["--fault-tolerant"])
+    start = [*SHADOWRUN, "2", *options]
+    outcome = run_case("with_default_signals", tmp_path, tell_shadowrun(), start=start).require_success()
     require_last(tmp_path / "checkpoints", outcome)
     assert "a last checkpoint is made at a signal" not in outcome.errors
     assert "started again" not in outcome.errors
+
+
+def test_if_the_writer_of_the_last_checkpoint_is_killed_the_next_rank_writes_it(tmp_path: Path) -> None:
+    require_open_mpi(outlives_ranks=True)
+    start = [*SHADOWRUN, "3", "--fault-tolerant"]
+    outcome = run_case("writer_is_killed", tmp_path, tell_shadowrun(3), start=start).require_success()
+    assert "lost ranks: 0" in outcome.errors
+    require_last(tmp_path / "checkpoints", outcome)
+
+
+@pytest.mark.parametrize("options", [[], ["--fault-tolerant"]], ids=str)
+def test_a_last_checkpoint_that_cannot_be_written_is_the_jobs_exit_code(options: list[str], tmp_path: Path) -> None:
+    require_open_mpi(outlives_ranks=bool(options))
+    outcome = run_case("nobody_can_write", tmp_path, tell_shadowrun(), start=[*SHADOWRUN, "2", *options])
+    assert not outcome.verdict
+    assert outcome.code == 1, outcome.text
+    assert "No space left" in outcome.errors
 
 
 def test_sigterm_of_the_launcher_ends_the_job_and_leaves_only_good_checkpoints(tmp_path: Path) -> None:

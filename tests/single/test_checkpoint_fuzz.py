@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,15 +276,20 @@ def test_a_file_that_one_rank_cannot_read_changes_nothing_on_the_others(whole: b
     on_ranks(2, program)
 
 
-def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
-    """Somebody else may write where many do."""
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may write where many do, and guess the name."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (tmp_path / f".file.pt.{os.getpid()}.tmp").symlink_to(victim)
+    guessed = uuid.UUID(int=5)
+    (tmp_path / f".file.pt.{guessed.hex}.tmp").symlink_to(victim)
+    monkeypatch.setattr(uuid, "uuid4", lambda: guessed)
 
     def program(comm: Communicator) -> None:
         model, optimizer = trained()
         with ShadowSync(optimizer, model=model, communicator=comm) as sync:
+            with pytest.raises(CheckpointError, match="File exists"):
+                checkpoint.save(tmp_path / "file.pt", model, sync)
+            monkeypatch.undo()
             checkpoint.save(tmp_path / "file.pt", model, sync)
 
     on_ranks(1, program)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_as_threads import (
+    TIMEOUT_S,
     Content,
     content,
     make_model,
@@ -28,7 +30,9 @@ from hvd_shadowsync import BMUF, Checkpointer, CheckpointError, ElasticAveraging
 from hvd_shadowsync.algorithms import Algorithm
 from hvd_shadowsync.checkpointing import folder as folders
 from hvd_shadowsync.checkpointing import writer as writers
+from hvd_shadowsync.checkpointing.folder import Draft
 from hvd_shadowsync.checkpointing.writer import DigestedFile
+from hvd_shadowsync.comm import local
 from hvd_shadowsync.comm.base import Communicator
 
 FOREGROUND: dict[str, Any] = {"sync_every": 2, "foreground": True}
@@ -38,13 +42,19 @@ PATIENCE_S = 20.0
 
 
 def on_checkpointers(
-    size: int, folder: Path, use: Callable[[Any], Any], options: dict[str, Any] | None = None, **more: Any
+    size: int,
+    folder: Path,
+    use: Callable[[Any], Any],
+    options: dict[str, Any] | None = None,
+    *,
+    outlives: bool = False,
+    **more: Any,
 ) -> list[Any]:
     """Return what `use` gives on each rank, for a namespace with model, optimizer, sync and checkpointer."""
 
     class Job:
         def __init__(self, comm: Communicator) -> None:
-            self.rank = comm.rank
+            self.rank, self.comm = comm.rank, comm
             self.model = make_model(comm.rank)
             self.optimizer = sgd(self.model, momentum=0.9)
             sync_options = {**FOREGROUND, **(options or {})}
@@ -80,7 +90,7 @@ def on_checkpointers(
             job.checkpointer.close()
             job.sync.close()
 
-    return on_ranks(size, program)
+    return local.run(size, program, timeout_s=TIMEOUT_S, kill={} if outlives else None)
 
 
 def saved_in(path: Path) -> dict[str, Any]:
@@ -569,6 +579,12 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         ({"every_steps": 0}, ValueError, "every_steps=0 is below 1"),
         ({"keep": 0}, ValueError, "keep=0 is below 1"),
         ({"end_signals": [999]}, ValueError, "end_signals has 999"),
+        ({"end_signals": ["TERM"]}, ValueError, "end_signals has 'TERM', which is no signal; give such"),
+        ({"end_signals": [9]}, ValueError, "end_signals has 9, which no process can wait for; give such"),
+        ({"end_signals": [signal.SIGSTOP]}, ValueError, "SIGSTOP.*no process can wait for"),
+        ({"end_signals": signal.SIGTERM}, TypeError, r"SIGTERM.* is no list of signals; give such as \[signal.SIGTERM"),
+        ({"end_signals": None}, TypeError, r"end_signals=None is no list of signals; .* or \(\) for none"),
+        ({"end_signals": "TERM"}, TypeError, "end_signals='TERM' is no list of signals"),
     ],
 )
 def test_arguments(options: dict[str, Any], error: type[Exception], words: str, tmp_path: Path) -> None:
@@ -584,6 +600,21 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
         Checkpointer(tmp_path, model, sync.optimizer)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("folder", "error", "words"),
+    [
+        (5, TypeError, "dir=5 is no path; give a str or a pathlib.Path"),
+        (None, TypeError, "dir=None is no path"),
+        (b"x", TypeError, "dir=b'x' is no path"),
+        ("a\0b", ValueError, r"dir='a\\x00b' has a zero byte"),
+        ("", ValueError, "dir='' is empty; give the path of a folder, '.' for the current one"),
+    ],
+)
+def test_folders_that_are_none(folder: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Checkpointer(folder, *_alone())
+
+
 def test_calls_after_close(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, *_alone())
     checkpointer.close()
@@ -597,6 +628,115 @@ def _alone() -> tuple[torch.nn.Module, ShadowSync]:
     from hvd_shadowsync.comm.local import run
 
     return model, run(1, lambda comm: ShadowSync(sgd(model), model=model, communicator=comm), timeout_s=10.0)[0]
+
+
+def in_trouble(folder: Path, patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Have looks into `folder` fail as those into an NFS folder do now and then; return how many have."""
+    real, looks = Path.exists, 0
+
+    def exists(path: Path, **options: Any) -> bool:
+        nonlocal looks
+        if path.parent != folder:
+            return real(path, **options)
+        looks += 1
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    patch.setattr(Path, "exists", exists)
+    return lambda: looks
+
+
+def test_a_folder_that_is_away_for_a_moment_is_looked_at_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged once on each rank; training, later checkpoints and a later word to end are as ever."""
+    monkeypatch.setattr(writers, "LOOK_S", 0.005)
+
+    def use(job: Any) -> int | None:
+        job.train(2)
+        if job.rank == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                looks = in_trouble(tmp_path, patch)
+                deadline = time.monotonic() + PATIENCE_S
+                while looks() < 20:
+                    time.sleep(0.002)
+                    assert time.monotonic() < deadline
+        job.sync.gather(None)
+        job.train(2)
+        assert job.checkpointer.save_now() == tmp_path / "step-4"
+        if job.rank == 1:
+            job.checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            job.train(1_000_000, after=lambda: time.sleep(0.0005))
+        return ended.value.code
+
+    with caplog.at_level(logging.ERROR):
+        assert on_checkpointers(2, tmp_path, use) == [0, 0]
+    for rank in range(2):
+        said = [each for each in caplog.messages if f"rank {rank} has trouble with {tmp_path}" in each]
+        assert len(said) == 1
+        assert "Stale file handle" in said[0]
+
+
+def test_others_are_told_to_end_as_soon_as_the_folder_can_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elastic averaging: ranks that train meet in no vote, only the file tells them."""
+    monkeypatch.setattr(writers, "LOOK_S", 0.005)
+    real, failed = Path.touch, threading.Event()
+    times = iter(range(3))
+
+    def touch(path: Path, **options: Any) -> None:
+        if path.name.startswith(".stop-") and next(times, None) is not None:
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "touch", touch)
+
+    def use(job: Any) -> int | None:
+        if job.rank == 1:
+            job.checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            job.train(1_000_000, after=lambda: time.sleep(0.0005))
+        return ended.value.code
+
+    options = {"foreground": False, "sync_every": 1, "algorithm": ElasticAveraging()}
+    assert on_checkpointers(2, tmp_path, use, options) == [0, 0]
+    assert failed.is_set()
+
+
+def test_earlier_ones_that_cannot_be_removed_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(writers, "prune", fail)
+
+    def use(job: Any) -> None:
+        job.train(1)
+        assert job.checkpointer.save_now() == tmp_path / "step-1"
+        job.train(1)
+        assert job.checkpointer.save_now() == tmp_path / "step-2"
+
+    on_checkpointers(1, tmp_path, use)
+    assert "are not removed" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_thread_nobody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise GeneratorExit("whatever")
+
+    def use(job: Any) -> str:
+        job.train(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writers.Writer, "_written", fail)
+            assert job.checkpointer.save_now() is None
+        assert job.checkpointer.save_now() is None
+        return job.checkpointer.last_error
+
+    assert on_checkpointers(1, tmp_path, use) == ["the thread that writes has ended; its error is above"]
 
 
 # --- the end of a job -------------------------------------------------------------------------------------------------
@@ -635,9 +775,93 @@ def test_told_on_one_rank_all_end_with_a_last_checkpoint(driver: str, calls: str
     assert [code for code, _ in found] == [0, 0, 0]
     latest = Checkpointer.latest(tmp_path)
     assert latest is not None
-    assert same(saved_in(latest)["model"], found[0][1])
+    saved = saved_in(latest)["model"]  # since then the mean was formed once more, of replicas that are the same
+    assert saved.keys() == found[0][1].keys()
+    assert all(torch.allclose(saved[name], value, rtol=1e-6, atol=1e-6) for name, value in found[0][1].items())
     assert same({n: t for n, t in found[0][1].items() if "running" not in n and "num" not in n},
                 {n: t for n, t in found[1][1].items() if "running" not in n and "num" not in n})  # fmt: skip
+
+
+class KilledWriters:
+    """Has so many ranks lost, one after the other, while they write; call it with each rank's job."""
+
+    def __init__(self, number: int, patch: pytest.MonkeyPatch) -> None:
+        self.comms: list[Any] = []
+        self.left = number
+        real = writers.Writer._written
+
+        def written(writer: Any, content: Any) -> Path:
+            if self.left:
+                self.left -= 1
+                Draft(writer._folder, writer._job, content.step, 1)
+                next(comm for comm, its in self.comms if its is writer).die()
+                raise OSError(errno.EIO, "killed")
+            return real(writer, content)
+
+        patch.setattr(writers.Writer, "_written", written)
+
+    def __call__(self, job: Any) -> None:
+        self.comms.append((job.comm, job.checkpointer._writer))
+        job.sync.gather(None)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.leaves_threads
+def test_if_the_rank_that_writes_the_last_checkpoint_is_lost_the_next_one_writes_it(
+    lost: int, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = KilledWriters(lost, monkeypatch)
+
+    def use(job: Any) -> tuple[int | None, Content]:
+        killed(job)
+        job.train(10)
+        if job.rank == 2:
+            job.checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            job.train(1_000_000, after=lambda: time.sleep(0.0005))
+        return ended.value.code, content(job.model)
+
+    found = on_checkpointers(3, tmp_path, use, DRIVERS[driver], outlives=True)
+    assert found[:lost] == [None] * lost
+    assert [code for code, _ in found[lost:]] == [0] * (3 - lost)
+    latest = Checkpointer.latest(tmp_path)
+    assert latest is not None
+    assert not any(folders.UNDER_WAY.fullmatch(name) for name in names(tmp_path))
+    saved = saved_in(latest)["model"]
+    for name, _ in make_model().named_parameters():
+        assert torch.allclose(saved[name], found[2][1][name], atol=1e-6)
+
+
+@pytest.mark.parametrize("foreground", [True, False])
+@pytest.mark.leaves_threads
+def test_if_the_rank_that_saves_now_is_lost_the_next_one_saves(
+    foreground: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = KilledWriters(1, monkeypatch)
+
+    def use(job: Any) -> Path | None:
+        killed(job)
+        job.train(4)
+        path: Path | None = job.checkpointer.save_now()
+        return path
+
+    options = {"sync_every": 1, "foreground": foreground}
+    found = on_checkpointers(3, tmp_path, use, options, outlives=True)
+    assert found == [None] + [tmp_path / "step-4"] * 2
+    assert names(tmp_path) == ["step-4"]
+
+
+def test_what_a_lost_rank_has_left_may_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(job: Any) -> Path | None:
+        job.train(1)
+        left = Draft(tmp_path, job.checkpointer._job, 1, 1)
+        (left.path / "file").write_text("open on another host")
+        path: Path | None = job.checkpointer.save_now()
+        return path
+
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "not empty")))
+    assert on_checkpointers(1, tmp_path, use) == [tmp_path / "step-1"]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_another_code(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -237,6 +238,24 @@ def lost(comm: Communicator, source: Any, **options: Any) -> str:
     return "none"
 
 
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        (5, TypeError, "recover_from=5 is no path; give a str or a pathlib.Path"),
+        (float("nan"), TypeError, "recover_from=nan is no path"),
+        (b"x", TypeError, "recover_from=b'x' is no path"),
+        ([1], TypeError, r"recover_from=\[1\] is no path"),
+        ("", ValueError, "recover_from='' is empty; give the path of a folder"),
+    ],
+)
+def test_what_is_no_source(source: Any, error: type[Exception], words: str) -> None:
+    def program(comm: Communicator) -> None:
+        with pytest.raises(error, match=words):
+            ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.1), communicator=comm, recover_from=source)
+
+    local.run(2, program, timeout_s=TIMEOUT_S)
+
+
 def _raise() -> None:
     raise OSError("no such file system")
 
@@ -371,6 +390,49 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(rows, weight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.leaves_threads
+def test_rows_come_from_no_other_runs_checkpoint(saves: bool, loads: bool, tmp_path: Path) -> None:
+    """But from one that this run has loaded, or written itself."""
+
+    def program(comm: Communicator, first: bool) -> dict[str, Tensor] | str:
+        assert isinstance(comm, local.LocalCommunicator)
+        bags = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.0), communicator=comm)
+        bags.load_global_state_dict({name: rows * (2 if first else 1) for name, rows in weights().items()})
+        model = torch.nn.Sequential(bags, torch.nn.Linear(15, 1))
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+        sync = ShadowSync(optimizer, model=model, communicator=comm, sync_every=1)
+        checkpointer = Checkpointer(tmp_path, model, sync, every_steps=1000, end_signals=())
+        if loads and not first:
+            checkpointer.load_latest()
+        if saves or first:
+            assert checkpointer.save_now() is not None
+        if comm.rank == 1 and not first:
+            comm.die()
+        if not first:
+            try:
+                for step in range(3):
+                    optimizer.zero_grad()
+                    model(batch(comm.rank, step)).square().mean().backward()
+                    optimizer.step()
+            except EmbeddingError as error:
+                return str(error)
+        found = whole(bags)
+        checkpointer.close()
+        sync.close()
+        bags.close()
+        return found
+
+    local.run(3, lambda comm: program(comm, True), timeout_s=TIMEOUT_S, kill={})
+    for ended in local.run(3, lambda comm: program(comm, False), timeout_s=TIMEOUT_S, kill={})[::2]:
+        if not (saves or loads):
+            assert "no checkpoint has them yet" in ended
+            continue
+        for name, weight in weights().items():
+            torch.testing.assert_close(ended[f"{name}/weight"], weight * (2 if loads else 1), rtol=0, atol=0)
+
+
 def test_a_rank_that_takes_rows_over_while_it_writes_says_whose_it_has_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +459,38 @@ def test_a_rank_that_takes_rows_over_while_it_writes_says_whose_it_has_written(
     bags: Any = {"bags": Bag()}
     tables.Tables(bags).answer(tmp_path, "job")
     assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": written[0]}
+
+
+def test_an_answer_that_cannot_be_left_in_the_folder_is_left_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are written once."""
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    (folder / "request.json").write_text('{"generation": "0123456789ab"}')
+    written: list[Path] = []
+
+    class Bag:
+        group = SimpleNamespace(comm=SimpleNamespace(members=[0, 1], rank=1))
+
+    def write_shards(path: Path, *_: Any, **__: Any) -> list[Any]:
+        written.append(path)
+        return []
+
+    def away(*_: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(tables, "under_way", lambda *_: [folder])
+    monkeypatch.setattr(files, "write_shards", write_shards)
+    bags: Any = {"bags": Bag()}
+    ours = tables.Tables(bags)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Stale"):
+        patch.setattr(tables, "write_whole", away)
+        ours.answer(tmp_path, "job")
+    for _ in range(2):
+        ours.answer(tmp_path, "job")
+    assert written == [folder / "bags"]
+    assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": [0, 1]}
 
 
 @pytest.mark.leaves_threads

@@ -5,15 +5,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import math
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import ranks
 import torch
 from parallel.programs.problem import Data, loss_of, make_model
 
 from hvd_shadowsync import Checkpointer, ElasticAveraging, EmbeddingTable, ShadowSync, ShardedEmbeddingBag
+from hvd_shadowsync.checkpointing.folder import Draft
 from hvd_shadowsync.embedding import RowWiseAdagrad
 
 LAST = ranks.SIZE - 1
@@ -51,6 +58,72 @@ def in_the_foreground(folder: str) -> None:
 
 def with_default_signals(folder: str) -> None:
     trains(folder, signals=(signal.SIGTERM,))
+
+
+def writer_is_killed(folder: str) -> None:
+    """Rank 0 is killed while it writes the last checkpoint."""
+    if ranks.RANK == 0:
+        Draft.complete = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+    with_default_signals(folder)
+
+
+def nobody_can_write(folder: str) -> None:
+    def fail(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Draft.complete = fail  # type: ignore[method-assign]
+    with_default_signals(folder)
+
+
+class Endless(torch.utils.data.IterableDataset[torch.Tensor]):
+    """Batches for a DataLoader's workers; after so many each takes longer than the job."""
+
+    def __init__(self, quick: float) -> None:
+        self.quick = quick
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        number = 0
+        while number := number + 1:
+            if number > self.quick:
+                time.sleep(60)
+            yield torch.ones(4)
+
+
+def with_workers(folder: str, *, quick: float = math.inf, block: bool = False, handles: bool = False) -> None:
+    """Workers get the signal as well."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sync = ShadowSync(optimizer, model=model, sync_every=2)
+    checkpointer = Checkpointer(folder, model, sync)
+    with sync if block else contextlib.nullcontext():
+        try:
+            for batch in torch.utils.data.DataLoader(Endless(quick), batch_size=2, num_workers=2):
+                optimizer.zero_grad()
+                model(batch).square().mean().backward()
+                optimizer.step()
+                time.sleep(0.001)
+                if sync.steps == 20:
+                    ranks.say("trains", "on", str(checkpointer.loaded))
+        except RuntimeError as error:
+            if not handles:
+                raise
+            ranks.say("handles", "it", str(error))
+            optimizer.step()
+
+
+def waits_for_workers(folder: str) -> None:
+    """The training thread waits for a batch: no end of a step comes before the loader's error."""
+    with_workers(folder, quick=20)
+
+
+def waits_in_a_block(folder: str) -> None:
+    """The same inside a `with` statement, whose end would leave the others."""
+    with_workers(folder, quick=20, block=True)
+
+
+def handles_the_loss_of_workers(folder: str) -> None:
+    """The script has an `except RuntimeError` of its own."""
+    with_workers(folder, quick=20, handles=True)
 
 
 def with_a_center(folder: str) -> None:
