@@ -372,6 +372,12 @@ class ShadowSync:
         """Whether `close()` was called."""
         return self._closed
 
+    @property
+    def number(self) -> int:
+        """The number that `end()` has for this rank: whatever ranks are lost, it never changes."""
+        comm = self._ranks.comm
+        return comm.members[comm.rank]
+
     def end_with(self, ending: Callable[..., None] | None) -> None:
         """Have `ending` called now and then while this rank waits in a collective call; it raises to end the wait.
 
@@ -384,11 +390,11 @@ class ShadowSync:
     def end(self) -> tuple[int, ...]:
         """Consolidate for the last time, whatever calls other ranks are in: they come, or leave (collective).
 
-        Return the shards of the ranks that were there, rank 0's first: the same on all of them.
+        Return the numbers of the ranks that were there, rank 0's first: the same on all of them.
         """
         self._require_open("end()")
         if self._alone:
-            return (self.shard,)
+            return (self.number,)
         self._finish_warmup(leaving=False)
         if not self._warmup.left:
             return self._begun().end()

@@ -341,7 +341,7 @@ class Checkpointer:
         """
         present = self._sync.end()
         while True:
-            writes = present[0] == self._sync.shard
+            writes = present[0] == self._sync.number
             path = self._write_live() if writes else None
             if path is not None:
                 logger.warning("%s is the last checkpoint", path)

@@ -75,7 +75,10 @@ class EndSignals:
         return self.came
 
     def restore(self) -> None:
-        """Give the signals back their handlers, where nobody has set others meanwhile (idempotent; main thread)."""
+        """Give the signals back their handlers, where nobody has set others meanwhile (idempotent; main thread).
+
+        But for SIGCHLD: if one has come this process is about to end, and its children may die later than that.
+        """
         if threading.current_thread() is threading.main_thread():
             self._restore()
 
@@ -84,13 +87,13 @@ class EndSignals:
             number, before = self._before.popitem()
             if signal.getsignal(number) == self._note:
                 signal.signal(number, signal.SIG_DFL if before is None else before)
-        if self._of_children is not None and signal.getsignal(signal.SIGCHLD) == self._note_child:
-            signal.signal(signal.SIGCHLD, self._of_children)
 
     def forget(self) -> None:
         """Leave the signals alone in this process, which was forked from the one that listens."""
         passes = self._for_ranks in self._before
         self._restore()
+        if self._of_children is not None and signal.getsignal(signal.SIGCHLD) == self._note_child:
+            signal.signal(signal.SIGCHLD, self._of_children)
         if passes and self._for_ranks is not None and signal.getsignal(self._for_ranks) is signal.SIG_DFL:
             signal.signal(self._for_ranks, _let_pass)
 

@@ -833,6 +833,27 @@ def test_if_the_rank_that_writes_the_last_checkpoint_is_lost_the_next_one_writes
         assert torch.allclose(saved[name], found[2][1][name], atol=1e-6)
 
 
+def test_a_last_checkpoint_of_some_of_the_jobs_ranks(tmp_path: Path) -> None:
+    """Their ranks are not their numbers."""
+
+    def program(comm: Communicator) -> int | None:
+        part = comm.split(0 if comm.rank > 1 else None)
+        if part is None:
+            return 0
+        model = make_model()
+        sync = ShadowSync(sgd(model), model=model, communicator=part, **FOREGROUND)
+        checkpointer = Checkpointer(tmp_path, model, sync)
+        checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            train(model, sync.optimizer, 1)
+        checkpointer.close()
+        sync.close()
+        return ended.value.code
+
+    assert on_ranks(4, program) == [0, 0, 0, 0]
+    assert Checkpointer.latest(tmp_path) == tmp_path / "step-1"
+
+
 @pytest.mark.parametrize("foreground", [True, False])
 @pytest.mark.leaves_threads
 def test_if_the_rank_that_saves_now_is_lost_the_next_one_saves(
