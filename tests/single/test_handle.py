@@ -247,7 +247,10 @@ def test_alone_there_is_no_thread_no_traffic_and_no_difference(
         assert sync.metrics(merged=True)["bytes_sent"] == 0
         train(model, optimizer, 2, first=6)
         assert set(threading.enumerate()) == threads
-        assert set(optimizer.state_dict()) == {"state", "param_groups"}
+        saved = optimizer.state_dict()
+        assert set(saved) == {"state", "param_groups", "shadow_sync"}
+        assert saved["shadow_sync"]["state"] == {}
+        assert saved["shadow_sync"]["counters"]["steps"] == 8
     assert same(content(model), content(plain))
 
 
