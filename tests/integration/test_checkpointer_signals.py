@@ -66,7 +66,9 @@ def require_last(folder: Path, outcome: Outcome) -> None:
 
 
 def test_a_signal_to_one_rank_of_a_job_that_outlives_its_ranks(tmp_path: Path) -> None:
-    outcome = run_case("with_tables", tmp_path, tell(1), start=shadowrun(2, "--strict")).require_success()
+    outcome = run_case(
+        "with_tables", tmp_path, tell(1), start=shadowrun(2, "--fault-tolerant", "--strict")
+    ).require_success()
     require_last(tmp_path / "checkpoints", outcome)
 
 
@@ -101,10 +103,10 @@ def test_a_signal_to_all_processes_makes_a_last_checkpoint_as_well(case: str, fi
     assert len(handled) == (2 if case == "handles_the_loss_of_workers" else 0)
 
 
+@pytest.mark.usefixtures("_open_mpi")
 def test_sigterm_of_shadowrun_leaves_workers_alone(tmp_path: Path) -> None:
     """Open MPI passes signals on to all processes of a rank's group; the children let that of `shadowrun` pass."""
-    require_open_mpi(outlives_ranks=False)
-    outcome = run_case("with_workers", tmp_path, tell_shadowrun(), start=[*SHADOWRUN, "2"]).require_success()
+    outcome = run_case("with_workers", tmp_path, tell_shadowrun(), start=shadowrun(2)).require_success()
     require_last(tmp_path / "checkpoints", outcome)
     assert "worker" not in outcome.errors
 
@@ -128,7 +130,10 @@ def test_a_signal_that_the_launcher_passes_on(tmp_path: Path) -> None:
     assert Checkpointer.latest(tmp_path / "checkpoints") is not None
 
 
-SHADOWRUN = [sys.executable, "-m", "hvd_shadowsync.run", "-np"]
+@pytest.fixture
+def _open_mpi() -> None:
+    if (mpi := find_mpi()).kind != "openmpi":
+        pytest.skip(f"needs Open MPI, {mpi.mpirun} is of {mpi.kind}")
 
 
 def tell_shadowrun(ranks: int = 2) -> Callable[[Job], None]:
@@ -139,34 +144,28 @@ def tell_shadowrun(ranks: int = 2) -> Callable[[Job], None]:
     return during
 
 
-def require_open_mpi(*, outlives_ranks: bool) -> None:
-    mpi = find_mpi()
-    if mpi.kind != "openmpi" or (outlives_ranks and mpi.version < (5,)):
-        pytest.skip(f"needs Open MPI, {mpi.mpirun} is of {mpi.kind} {'.'.join(map(str, mpi.version))}")
-
-
+@pytest.mark.usefixtures("_open_mpi")
 @pytest.mark.parametrize("options", [[], ["--fault-tolerant", "--respawn", "1"], ["--restarts", "1"]], ids=str)
 def test_sigterm_of_shadowrun_makes_a_last_checkpoint_and_a_clean_exit(options: list[str], tmp_path: Path) -> None:
-    require_open_mpi(outlives_ranks=options[:1] == ["--fault-tolerant"])
-    start = [*SHADOWRUN, "2", *options]
-    outcome = run_case("with_default_signals", tmp_path, tell_shadowrun(), start=start).require_success()
+    outcome = run_case(
+        "with_default_signals", tmp_path, tell_shadowrun(), start=shadowrun(2, *options)
+    ).require_success()
     require_last(tmp_path / "checkpoints", outcome)
     assert "a last checkpoint is made at a signal" not in outcome.errors
     assert "started again" not in outcome.errors
 
 
 def test_if_the_writer_of_the_last_checkpoint_is_killed_the_next_rank_writes_it(tmp_path: Path) -> None:
-    require_open_mpi(outlives_ranks=True)
-    start = [*SHADOWRUN, "3", "--fault-tolerant"]
+    start = shadowrun(3, "--fault-tolerant")
     outcome = run_case("writer_is_killed", tmp_path, tell_shadowrun(3), start=start).require_success()
     assert "lost ranks: 0" in outcome.errors
     require_last(tmp_path / "checkpoints", outcome)
 
 
+@pytest.mark.usefixtures("_open_mpi")
 @pytest.mark.parametrize("options", [[], ["--fault-tolerant"]], ids=str)
 def test_a_last_checkpoint_that_cannot_be_written_is_the_jobs_exit_code(options: list[str], tmp_path: Path) -> None:
-    require_open_mpi(outlives_ranks=bool(options))
-    outcome = run_case("nobody_can_write", tmp_path, tell_shadowrun(), start=[*SHADOWRUN, "2", *options])
+    outcome = run_case("nobody_can_write", tmp_path, tell_shadowrun(), start=shadowrun(2, *options))
     assert not outcome.verdict
     assert outcome.code == 1, outcome.text
     assert "No space left" in outcome.errors

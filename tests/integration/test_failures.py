@@ -125,7 +125,7 @@ def test_an_error_in_the_shadow_thread_that_the_script_reports_by_itself(tmp_pat
 def test_replicas_that_are_all_bad_end_the_job_before_the_last_good_checkpoint_is_overwritten(
     case: str, ranks: int, fault_tolerant: bool, tmp_path: Path
 ) -> None:
-    start = shadowrun(ranks) if fault_tolerant else mpirun(ranks)
+    start = shadowrun(ranks, "--fault-tolerant") if fault_tolerant else mpirun(ranks)
     outcome = run_case(case, tmp_path, ranks=ranks, timeout_s=150.0, start=start)
     require_end(outcome)
     assert outcome.events("raised")

@@ -24,7 +24,7 @@ PROMPT_S = 20.0
 def run(
     folder: Path, during: Callable[[Job], None], case: str = "mean", *, fault_tolerant: bool = False, **options: object
 ) -> Outcome:
-    command = shadowrun(RANKS) if fault_tolerant else mpirun(RANKS)
+    command = shadowrun(RANKS, "--fault-tolerant") if fault_tolerant else mpirun(RANKS)
     words = [f"{name}={value!r}" for name, value in options.items()]
     command = [*command, sys.executable, str(PROGRAM), case, *words]
     return launch(command, folder, timeout_s=LONGEST_S, environ=ONE_HOST, during=during)
