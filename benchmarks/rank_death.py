@@ -32,14 +32,16 @@ VICTIM, STEP = "RANK_DEATH_VICTIM", "RANK_DEATH_STEP"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, help="of a run; default: all of the ten months")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     records = []
     for seed in range(1, arguments.seeds + 1):
-        for name, options in CASES.items():
+        for name in arguments.cases:
             for victim in (None, seed % RANKS):
-                records.append({"case": name, "seed": seed, "victim": victim, **run(options, seed, victim, arguments)})
+                found = run(CASES[name], seed, victim, arguments)
+                records.append({"case": name, "seed": seed, "victim": victim, **found})
                 print(line_of(records[-1]), flush=True)
     report(records)
     if arguments.json:
@@ -97,9 +99,10 @@ def line_of(record: dict[str, Any]) -> str:
 
 
 def report(records: list[dict[str, Any]]) -> None:
+    names = dict.fromkeys(each["case"] for each in records)
     print("\n| | finished | AUC | AUC less the undisturbed run's | longest step, ms | recovery, ms |")
     print("|---|---|---|---|---|---|")
-    for name in CASES:
+    for name in names:
         alone = {each["seed"]: each for each in records if each["case"] == name and each["victim"] is None}
         for killed in (False, True):
             runs = [each for each in records if each["case"] == name and (each["victim"] is not None) == killed]
