@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -119,8 +119,14 @@ class Checkpointer:
         """The checkpoint that `load_latest` has loaded."""
         numbers = _signals_of(end_signals)
         tables = _tables_of(model)
+        self._others: list[set[str]] = []
+        """The seals of other runs' checkpoints, in a set; nothing until all ranks know them."""
+        for name, module in tables.items():
+            if module.recover_from is None:  # a rank may be lost from here on
+                module.recover_from = partial(_newest, self._folder, name, self._others)
         others = {each.manifest.seal for each in folders.stored_in(self._folder)} if tables and self._writes else set()
-        self._job, self._others = sync.name(), sync.gather(others)[0]
+        self._job = sync.name()
+        self._others.append(sync.gather(others)[0])
         self._capture: Capture | None = None
         self._told_to_end = self._others_told = self._ending = self._left = False
         self._trouble: str | None = None
@@ -128,9 +134,6 @@ class Checkpointer:
         self._begun_at_step: int | None = None
         if self._writes:
             self._prepare()
-        for name, module in tables.items():
-            if module.recover_from is None:
-                module.recover_from = partial(_newest, self._folder, name, self._others)
         self._tables = Tables(tables)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
@@ -166,7 +169,7 @@ class Checkpointer:
             if self._is_good(stored):
                 extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
                 self.loaded = stored.path
-                self._others.discard(stored.manifest.seal)
+                self._others[0].discard(stored.manifest.seal)
                 self._begun_at_s, self._begun_at_step = time.monotonic(), None
                 return extra
         return None
@@ -471,9 +474,12 @@ def _signal_of(number: Any) -> signal.Signals:
     return found
 
 
-def _newest(folder: Path, name: str, others: Set[str]) -> Path | None:
-    """Return where the newest checkpoint has the tables `name`, but for those with seals of `others`: other runs'."""
-    latest = folders.latest_but(folder, others)
+def _newest(folder: Path, name: str, others: Sequence[Set[str]]) -> Path | None:
+    """Return where the newest checkpoint has the tables `name`, but for those with seals of `others`: other runs'.
+
+    None as long as those are not known.
+    """
+    latest = folders.latest_but(folder, others[0]) if others else None
     return None if latest is None else latest / name
 
 

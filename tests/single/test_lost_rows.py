@@ -390,11 +390,13 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(rows, weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("loads", [False, True])
-@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize(
+    ("saves", "loads", "dies_early"),
+    [(False, False, True), (False, False, False), (False, True, False), (True, False, False), (True, True, False)],
+)
 @pytest.mark.leaves_threads
-def test_rows_come_from_no_other_runs_checkpoint(saves: bool, loads: bool, tmp_path: Path) -> None:
-    """But from one that this run has loaded, or written itself."""
+def test_rows_come_from_no_other_runs_checkpoint(saves: bool, loads: bool, dies_early: bool, tmp_path: Path) -> None:
+    """But from one that this run has loaded, or written itself; a rank is lost when it has a Checkpointer, or before."""
 
     def program(comm: Communicator, first: bool) -> dict[str, Tensor] | str:
         assert isinstance(comm, local.LocalCommunicator)
@@ -403,6 +405,8 @@ def test_rows_come_from_no_other_runs_checkpoint(saves: bool, loads: bool, tmp_p
         model = torch.nn.Sequential(bags, torch.nn.Linear(15, 1))
         optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
         sync = ShadowSync(optimizer, model=model, communicator=comm, sync_every=1)
+        if comm.rank == 1 and dies_early and not first:
+            comm.die()
         checkpointer = Checkpointer(tmp_path, model, sync, every_steps=1000, end_signals=())
         if loads and not first:
             checkpointer.load_latest()
