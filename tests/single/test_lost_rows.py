@@ -396,7 +396,7 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
 )
 @pytest.mark.leaves_threads
 def test_rows_come_from_no_other_runs_checkpoint(saves: bool, loads: bool, dies_early: bool, tmp_path: Path) -> None:
-    """But from one that this run has loaded, or written itself; a rank is lost when it has a Checkpointer, or before."""
+    """But from one that this run has loaded, or written itself; a rank is lost that has a Checkpointer, or not yet."""
 
     def program(comm: Communicator, first: bool) -> dict[str, Tensor] | str:
         assert isinstance(comm, local.LocalCommunicator)
