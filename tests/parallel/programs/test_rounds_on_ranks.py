@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from typing import Any
 
 import pytest
@@ -106,6 +107,7 @@ def test_rounds_go_on_while_chunks_change(
         steps = 0
         while (metrics := sync.metrics())["searching"] or steps < 40:
             slopes.step(moving=steps < 40)
+            time.sleep(0.001)  # with more ranks than cores the shadow threads have to have their turn
             steps += 1
             tried.add(metrics["chunk_bytes"])
         assert tried >= {2048, 8192, 32768}
@@ -129,6 +131,7 @@ def settle(comm: Communicator, sync: ShadowSync, slopes: Slopes, rounds: int = 3
     target = sync.metrics()["rounds"] + rounds
     while sync.metrics()["rounds"] < target:
         slopes.step(moving=False)
+        time.sleep(0.001)
     others = sync.gather(sync.metrics()["rounds"])
     while sync.metrics()["rounds"] < max(others):
         slopes.step(moving=False)
