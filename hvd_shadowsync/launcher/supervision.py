@@ -76,8 +76,8 @@ def supervise(
         return 128 + received[0]
     if endings is not None and endings.overdue:
         return int(endings.aborts)
-    if endings is not None and endings.host_away and code == 0:
-        return 1
+    if endings is not None and (endings.host_away or endings.aborts) and code == 0:
+        return 1  # MPI_Abort may have ended no rank but its own
     return 128 - code if code < 0 else code
 
 

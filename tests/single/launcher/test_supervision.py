@@ -130,6 +130,14 @@ def test_a_launcher_that_has_lost_a_host_has_failed_whatever_its_code(executable
         assert supervision.supervise([str(launcher)], dict(os.environ), Endings(size=2)) == code
 
 
+def test_a_job_that_a_rank_has_ended_has_failed_whatever_its_code(executable: Executable) -> None:
+    """In one that outlives its ranks Open MPI once took the end of the job for the end of that rank."""
+    launcher = executable("bin/launcher", f"{ABORTS} exit 0")
+    endings = Endings(size=2)
+    assert supervision.supervise([str(launcher)], dict(os.environ), endings) == 1
+    assert endings.aborts
+
+
 def test_a_launcher_that_ends_in_time_keeps_its_code(executable: Executable) -> None:
     endings = Endings(size=2)
     assert supervision.supervise([str(executable("bin/launcher", f"{LEAVES} exit 7"))], dict(os.environ), endings) == 7
