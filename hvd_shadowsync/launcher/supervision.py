@@ -69,6 +69,8 @@ def supervise(
         code = _wait(child)
         if endings is not None:
             copying.join(GRACE_S)  # what is left there; another process may keep the pipe open
+            if endings.aborts:
+                _end_rest(child.pid)
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
@@ -162,11 +164,21 @@ def _end_session(child: subprocess.Popen[bytes]) -> None:
             break
         except subprocess.TimeoutExpired:
             continue
-    for pid in _session(child.pid):
-        try:
+    _kill(_session(child.pid))
+
+
+def _end_rest(session: int) -> None:
+    """End ranks that MPI_Abort and mpirun, which is gone, have left behind on this host; it happens."""
+    deadline = time.monotonic() + TERMINATION_S
+    while (left := _session(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _kill(left)
+
+
+def _kill(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def _session(leader: int) -> list[int]:
