@@ -24,7 +24,10 @@ class Failed(Exception):
 
 
 class Test:
-    """In the place of MPI_Test: complete at the `last` look, or with a code from then on."""
+    """In the place of MPI_Test: complete at the `last` look, or with a code from then on.
+
+    Its address is good for as long as it is there.
+    """
 
     __test__ = False
 
@@ -50,8 +53,9 @@ def test_it_looks_until_the_request_is_complete(last: int, poller: Poller) -> No
 
 
 def test_a_code_is_raised_as_an_error() -> None:
+    test = Test(3, code=15)
     with pytest.raises(Failed, match="15"):
-        waiting.wait(Test(3, code=15).address, REQUEST, QUICK, Failed)
+        waiting.wait(test.address, REQUEST, QUICK, Failed)
 
 
 def test_python_has_its_turn_in_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +70,8 @@ def test_python_has_its_turn_in_long_waits(monkeypatch: pytest.MonkeyPatch) -> N
             return code
 
     monkeypatch.setattr(waiting, "load", Seen)
-    waiting.wait(Test(200).address, REQUEST, Poller(spin_s=0.0, eager=0, shortest_s=1e-6, growth=1.1), Failed)
+    test = Test(200)
+    waiting.wait(test.address, REQUEST, Poller(spin_s=0.0, eager=0, shortest_s=1e-6, growth=1.1), Failed)
     assert len(pauses) > 1
     assert pauses == sorted(pauses)
     assert pauses[-1] > pauses[0]
@@ -84,7 +89,8 @@ def test_pauses_grow_as_the_pollers(longest_s: float) -> None:
 
 def test_spinning_is_looking_without_a_pause() -> None:
     poller = Poller(spin_s=60.0, eager=0, shortest_s=30.0, longest_s=30.0)
-    waiting.wait(Test(1000).address, REQUEST, poller, Failed)
+    test = Test(1000)
+    waiting.wait(test.address, REQUEST, poller, Failed)
 
 
 # --- what uses it -----------------------------------------------------------------------------------------------------
