@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hvd_shadowsync.algorithms import Algorithm, ModelAveraging
-from hvd_shadowsync.checks import check_count, check_interval, choice
+from hvd_shadowsync.checks import check_count, check_flag, check_interval, choice
 from hvd_shadowsync.comm.attendance import StallRules
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag, open_modules
@@ -19,8 +20,39 @@ from hvd_shadowsync.pacing import Pacing
 from hvd_shadowsync.reduction import RoundOptions
 from hvd_shadowsync.replica import MERGES, NamedTensor
 
+APPLIES = ("boundary", "hogwild")
+INITIALS = ("broadcast", "check")
 WIRE_DTYPES = (None, torch.float16, torch.bfloat16)
 ON_STALL = ("end", "drop")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `ShadowSync` was given that has to be the same on every rank, under the names of its arguments.
+
+    Attributes, besides:
+        options: `algorithm`, `merge`, `wire_dtype`, `foreground` or `deterministic`, `hierarchical`, `max_distance`.
+        pacing: `sync_every`, `sync_interval_ms`, `cpu_budget`.
+        stalls: `stall_warning_s`, `stall_timeout_s`, `on_stall`.
+    """
+
+    options: RoundOptions
+    pacing: Pacing
+    stalls: StallRules
+    apply: str
+    initial_weights: str
+    sync_buffers: bool
+    warmup_steps: int
+    sparse_as_dense: bool
+    max_sync_gap: int | None
+
+    def __post_init__(self) -> None:
+        choice("apply", self.apply, APPLIES)
+        choice("initial_weights", self.initial_weights, INITIALS)
+        check_count("warmup_steps", self.warmup_steps, least=0)
+        check_flag("sparse_as_dense", self.sparse_as_dense)
+        if self.max_sync_gap is not None:
+            check_count("max_sync_gap", self.max_sync_gap, least=1)
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -55,7 +87,7 @@ def check_communicator(communicator: Any) -> None:
         )
 
 
-def check_rounds_state(state: Any, params: Sequence[NamedTensor] = ()) -> None:
+def check_rounds_state(state: Any, params: Sequence[NamedTensor]) -> None:
     """Raise unless `state` is None, empty, or what `ShadowSync.state_dict` returned, for `params`."""
     if not state:
         return
@@ -127,34 +159,13 @@ def check_dropping(rules: StallRules, comm: Communicator) -> None:
         )
 
 
-def check_gap(max_sync_gap: int | None, options: RoundOptions, pacing: Pacing, model: torch.nn.Module | None) -> None:
-    """Raise unless training may wait for rounds at the gap `max_sync_gap`."""
-    if max_sync_gap is None:
-        return
-    check_count("max_sync_gap", max_sync_gap, least=1)
-    if options.foreground:
-        raise ValueError(
-            f"max_sync_gap={max_sync_gap} has no meaning in the foreground, where no gap grows; leave it out"
-        )
-    if max_sync_gap < pacing.steps:
-        raise ValueError(
-            f"max_sync_gap={max_sync_gap} is below sync_every={pacing.sync_every}, the gap that is asked for; give at "
-            "least as much"
-        )
-    if lockstep := [each for each in _tables(model) if each.mode != "served"]:
-        raise ValueError(
-            f"max_sync_gap={max_sync_gap} does not go with mode={lockstep[0].mode!r} of the table "
-            f"{lockstep[0].tables[0].name!r}, in which ranks wait for one another between steps: they would wait for "
-            "those that wait at the gap; leave it out, or make the table with mode='served'"
-        )
-
-
-def check_combinations(
-    options: RoundOptions, apply: str, pacing: Pacing, *, deterministic: bool, model: torch.nn.Module | None
-) -> None:
+def check_combinations(settings: Settings, *, deterministic: bool, model: torch.nn.Module | None) -> None:
     """Raise where arguments that are right by themselves do not go together."""
+    options = settings.options
+    if settings.sync_buffers and model is None:
+        raise ValueError("sync_buffers=True needs model=..., whose buffers they are; give it")
     if options.foreground:
-        _check_foreground("deterministic=True" if deterministic else "foreground=True", options, apply, pacing)
+        _check_foreground("deterministic=True" if deterministic else "foreground=True", settings)
     if deterministic:
         _check_tables(model)
     if options.hierarchical is True and options.algorithm.asynchronous:
@@ -165,19 +176,42 @@ def check_combinations(
             f"wire_dtype={options.wire_dtype} is not available with {type(options.algorithm).__name__}; "
             "leave it out, or use ModelAveraging or BMUF"
         )
+    _check_gap(settings, model)
 
 
-def _check_foreground(asked: str, options: RoundOptions, apply: str, pacing: Pacing) -> None:
+def _check_foreground(asked: str, settings: Settings) -> None:
     """Raise where something does not go with rounds in the training thread, for which the user `asked`."""
+    pacing = settings.pacing
     if pacing.sync_every is None:
         raise ValueError(f"{asked} needs sync_every=k, the steps from round to round; give it")
     for name, value in (("sync_interval_ms", pacing.sync_interval_ms), ("cpu_budget", pacing.cpu_budget)):
         if value is not None:
             raise ValueError(f"{name}={value} does not go with {asked}, where steps alone pace rounds; leave it out")
-    if apply == "hogwild":
+    if settings.apply == "hogwild":
         raise ValueError(f"apply='hogwild' is for background rounds; leave out {asked} or apply")
-    if options.hierarchical is True:
+    if settings.options.hierarchical is True:
         raise ValueError(f"hierarchical=True has no meaning with {asked}, whose ranks all exchange; leave it out")
+
+
+def _check_gap(settings: Settings, model: torch.nn.Module | None) -> None:
+    """Raise unless training may wait for rounds at the gap `max_sync_gap`."""
+    if (max_sync_gap := settings.max_sync_gap) is None:
+        return
+    if settings.options.foreground:
+        raise ValueError(
+            f"max_sync_gap={max_sync_gap} has no meaning in the foreground, where no gap grows; leave it out"
+        )
+    if max_sync_gap < settings.pacing.steps:
+        raise ValueError(
+            f"max_sync_gap={max_sync_gap} is below sync_every={settings.pacing.sync_every}, the gap that is asked for; "
+            "give at least as much"
+        )
+    if lockstep := [each for each in _tables(model) if each.mode != "served"]:
+        raise ValueError(
+            f"max_sync_gap={max_sync_gap} does not go with mode={lockstep[0].mode!r} of the table "
+            f"{lockstep[0].tables[0].name!r}, in which ranks wait for one another between steps: they would wait for "
+            "those that wait at the gap; leave it out, or make the table with mode='served'"
+        )
 
 
 def _tables(model: torch.nn.Module | None) -> list[ShardedEmbeddingBag]:

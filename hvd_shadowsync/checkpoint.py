@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from hvd_shadowsync.arguments import check_rounds_state
 from hvd_shadowsync.embedding import files
 from hvd_shadowsync.embedding.sharded import ShardedEmbeddingBag
 from hvd_shadowsync.errors import CheckpointError
@@ -74,7 +73,7 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
         content = read(path)
         state = dict(content["optimizer"])
         rounds = state.pop("shadow_sync", None)
-        check_rounds_state(rounds, sync._replica.params)
+        sync.check_state(rounds)
         own = {name: value for name, value in model.state_dict().items() if _is_of_one_rank(value)}
         weights = {**content["model"], **own}
         _require_fit(model, weights, sync.optimizer, state)

@@ -36,7 +36,7 @@ steps = comm.allgather(sync.metrics()["steps"])
 expected = sum(rank * taken for rank, taken in enumerate(steps)) / comm.size
 same = len(set(comm.allgather(weights.detach().numpy().tobytes()))) == 1
 error = float((weights.detach() - expected).abs().max()) / max(expected, 1.0)
-kind = type(sync._driver.rounds._reducer).__name__
+kind = type(sync._course.driver.rounds._reducer).__name__
 sent = comm.allgather(sync.metrics()["bytes_sent"])
 print("found", comm.rank, kind, same, error < 2e-3, sent[comm.rank] > sent[1 - comm.rank % 2 + comm.rank // 2 * 2])
 sync.close()

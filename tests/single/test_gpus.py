@@ -313,7 +313,7 @@ def test_a_step_with_a_merge_does_not_wait_for_the_gpu() -> None:
                 torch.cuda.set_sync_debug_mode("error")
             comm.allgather_object("set")
             try:
-                while sync._metrics.rounds < 10:
+                while sync._course.metrics.rounds < 10:
                     plain_step(model, optimizer, (data[0], data[1]))
             finally:
                 comm.allgather_object("done")

@@ -461,7 +461,7 @@ def failed(comm: Communicator) -> tuple[Slopes, ShadowSync]:
     sync = ShadowSync(slopes.optimizer, communicator=comm, algorithm=Broken(), **BACKGROUND)
     slopes.step()
     deadline = time.monotonic() + 10
-    while sync._driver._failure is None and time.monotonic() < deadline:  # type: ignore[union-attr]
+    while sync._course.driver._failure is None and time.monotonic() < deadline:  # type: ignore[union-attr]
         time.sleep(0.001)
     return slopes, sync
 
@@ -566,7 +566,7 @@ def test_close_merges_the_round_under_way_and_ends_the_thread(algorithm: Algorit
         sync = ShadowSync(slopes.optimizer, communicator=comm, algorithm=algorithm, **BACKGROUND)
         for _ in range(5):
             slopes.step()
-        thread = sync._driver._thread  # type: ignore[union-attr]
+        thread = sync._course.driver._thread  # type: ignore[union-attr]
         assert thread.is_alive()
         sync.close()
         assert not thread.is_alive()

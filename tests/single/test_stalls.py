@@ -495,8 +495,8 @@ def test_the_job_is_ended_where_the_training_thread_does_not_see_the_error(monke
 
 def stop(sync: ShadowSync) -> None:
     """Let this rank answer no more, as if it were stopped; its training thread is the caller's to hold."""
-    assert sync._attendance is not None
-    sync._attendance.look = lambda: None  # type: ignore[method-assign]
+    assert sync._course.watch.attendance is not None
+    sync._course.watch.attendance.look = lambda: None  # type: ignore[method-assign]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -564,8 +564,8 @@ def test_at_the_time_out_the_error_is_raised_where_training_goes_on_and_where_it
                 time.sleep(0.001)
         except StallError as error:
             time.sleep(0.2)
-            assert sync._attendance is not None
-            sync._attendance.stop()
+            assert sync._course.watch.attendance is not None
+            sync._course.watch.attendance.stop()
             return str(error)
         return "nothing"
 
@@ -651,7 +651,7 @@ def test_who_is_missing_in_a_lookup_is_said_as_well(caplog: pytest.LogCaptureFix
 
 def gaps(sync: ShadowSync) -> int:
     metrics = sync.metrics()
-    return int(metrics["steps"] - sync._driver._steps_merged) if sync._driver is not None else 0  # type: ignore[attr-defined]
+    return int(metrics["steps"] - sync._course.driver._steps_merged) if sync._course.driver is not None else 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("apply", ["boundary", "hogwild"])
@@ -803,8 +803,8 @@ def test_distributed_optimizer_passes_them_on() -> None:
         sgd(make_model()), max_sync_gap=3, stall_warning_s=5.0, stall_timeout_s=9.0, on_stall="drop"
     )
     with optimizer.shadow as sync:
-        assert sync._stalls == StallRules(5.0, 9.0, "drop")
-        assert sync._max_sync_gap == 3
+        assert sync._course.settings.stalls == StallRules(5.0, 9.0, "drop")
+        assert sync._course.settings.max_sync_gap == 3
 
 
 def test_alone_they_change_nothing() -> None:
