@@ -111,6 +111,12 @@ def weights_of(counts: Sequence[float], bad: Sequence[int]) -> tuple[float, ...]
     return (1.0,) * len(bad)
 
 
+def conflict(intents: Sequence[int]) -> str:
+    """Return the message for ranks that wait for one another in calls that do not go together."""
+    where = ", ".join(f"rank {rank} in {CALLS[Intent(intent)]}" for rank, intent in enumerate(intents))
+    return f"the ranks wait for one another: {where}; make these calls on every rank, in the same order"
+
+
 def _is_hopeless(counting: Sequence[int]) -> bool:
     """Tell whether all ranks that train are bad, and one that was good beside others does not keep what it gets."""
     return all(counting) and max(counting, default=0) >= HOPELESS

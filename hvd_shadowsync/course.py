@@ -6,7 +6,8 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from hvd_shadowsync import agree, arguments
 from hvd_shadowsync.alike import values_everywhere, values_of, whole_model
 from hvd_shadowsync.arguments import Settings
 from hvd_shadowsync.average import mean_of
+from hvd_shadowsync.ballot import Intent
 from hvd_shadowsync.comm import job, mpi
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
@@ -96,6 +98,8 @@ class Course:
         self._greet_who_joins(self.ranks)
         self.alone = self.ranks.comm.size == 1 and not self.is_new
         arguments.check_dropping(settings.stalls, self.ranks.comm)
+        if not (self.alone or self.is_new):
+            self.watch.begin(self.ranks)
         warmup_steps = 0 if self.is_new else settings.warmup_steps
         self.warmup = Warmup(self.ranks, self._poller, warmup_steps, sparse_as_dense=settings.sparse_as_dense)
         self._groups = _group_sizes(optimizer)
@@ -105,8 +109,6 @@ class Course:
             self._start()
             self._started = False
         _OPEN[self.ordinal] = self
-        if not (self.alone or self.is_new):
-            self.watch.begin(self.ranks)
 
     @property
     def is_new(self) -> bool:
@@ -161,11 +163,14 @@ class Course:
         if self.driver is not None:
             self.driver.resume()
 
+    @property
+    def has_ending(self) -> bool:
+        """Whether `end_with` was given something to call."""
+        return self._ending is not None
+
     def end_with(self, ending: Callable[..., None] | None) -> None:
-        """Have `ending` called now and then in waits that it may end by raising."""
+        """Have `ending` called now and then where this thread waits, in any course; it may raise, and end the wait."""
         self._ending = ending
-        if self.driver is not None:
-            self.driver.ending = ending
 
     def leave(self, error: BaseException) -> None:
         """Let the others train on after `error`, without waiting for them."""
@@ -174,10 +179,16 @@ class Course:
                 self._ending(error)
             self.driver.leave(wait=False)
 
+    def _look_for_the_end(self) -> None:
+        """Let this thread end, if it was told to: by whoever listens, whichever course it waits in."""
+        for course in _open_courses(self._owner):
+            if course._ending is not None:
+                course._ending()
+
     def close(self) -> None:
         """Take part until all ranks are here, and give back what there is (collective)."""
         if not self.alone:
-            self._finish_warmup(leaving=True)
+            self._finish_warmup(Intent.LEAVE)
             driver = self._begun()
             driver.leave()
             driver.rounds.free()
@@ -191,37 +202,62 @@ class Course:
 
     # --- calls that ranks make together -------------------------------------------------------------------------------
 
-    def synchronize(self) -> None:
-        """Make all replicas the same (collective)."""
+    def synchronize(self, before: Callable[[], None] = lambda: None) -> None:
+        """Make all replicas the same; `before` is called right before this one changes (collective)."""
         if self.alone:
             return
         self._require_own_parameters()
-        self._finish_warmup(leaving=False)
+        self._finish_warmup(Intent.CONSOLIDATE)
         if self.warmup.left:
+            before()
             self._start_alike()
         else:
-            self._begun().synchronize()
+            self._begun().synchronize(before)
 
     def end(self) -> tuple[int, ...]:
         """Make all replicas the same for the last time; return the numbers of who was there (collective)."""
         if not self.alone:
-            self._finish_warmup(leaving=False)
+            self._finish_warmup(Intent.END)
             if not self.warmup.left:
                 return self._begun().end()
             self._start_alike()
         return tuple(self.ranks.comm.members)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Make all replicas the same for the block, then give those that count their own back (collective).
+
+        One that does not has nothing that is not in the others: it stays as it is in the block. So what comes next, be
+        it a round or a consolidation, is of what the block saw.
+        """
+        if self.alone:
+            yield
+            return
+        own: list[tuple[Tensor, Tensor]] = []
+        self.synchronize(lambda: own.extend(values_of([self.replica])))
+        replica = self.replica
+        try:
+            yield
+        finally:
+            if self.driver is None or self.driver.counted:
+                replica.write(*own[-1])
+            if self.driver is not None:
+                self.driver.rounds.owes = self.driver.counted
+
     def settle(self) -> None:
         """Consolidate if rounds have begun (collective)."""
-        if self.driver is not None:
-            self.driver.synchronize()
+        if not self.alone:
+            self.meet()  # a rank that has not come to its first step begins with those that have
+            if self.driver is not None:
+                self.driver.synchronize()
 
     def meet(self, errand: Errand | None = None) -> Any:
         """Run `errand` once all ranks are in a call such as this one; take part in what they do before (collective)."""
         join_all(self._owner)
+        self._notice_new_parameters()
         self._get_ready(needed=False)
         if self._started:
-            self.warmup.finish(self.replica.params, leaving=False)
+            self.warmup.finish(self.replica.params, Intent.MEET, self._look_for_the_end)
             if not self.warmup.left:
                 return self._begun().meet(errand)
         return None if errand is None else self._collectively(errand)
@@ -249,13 +285,15 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """Return what rounds remember, or would if they had begun."""
-        if self.alone:  # what rounds remembered of the weights is void once they are trained alone
-            counters = self.metrics.counters()
-            of = self.settings.options.algorithm.describe() if self._loaded is None else self._loaded["algorithm"]
+        if self.driver is not None:
+            return self.driver.rounds.state_dict()
+        counters, loaded = self.metrics.counters(), self._loaded
+        if loaded is None:
+            of = self.settings.options.algorithm.describe()
             return {"algorithm": of, "state": {}, "counters": counters} if counters["steps"] else {}
-        if self.driver is None:
-            return self._loaded if self._loaded is not None else {}
-        return self.driver.rounds.state_dict()
+        if self.alone:  # what rounds remembered of the weights is void once they are trained alone
+            loaded = {**loaded, "state": {}}
+        return {**loaded, "counters": counters}
 
     def take(self, state: dict[str, Any] | None) -> None:
         """Begin with `state` of rounds, or none, at the first step; and count from there at once (local)."""
@@ -292,7 +330,8 @@ class Course:
                 "only; load it on every rank, or call broadcast_optimizer_state"
             )
         if self._loaded is not None:
-            rounds.load_state(self._loaded)
+            counters = self.metrics.counters() if self.driver is None else self._loaded["counters"]
+            rounds.load_state({**self._loaded, "counters": counters})  # there are steps of the warm-up since
         comm.allgather_object(None)
 
     # --- the start ----------------------------------------------------------------------------------------------------
@@ -361,10 +400,12 @@ class Course:
         with self.ranks.whereabouts.waiting(START):
             return self.ranks.together(errand)
 
-    def _finish_warmup(self, *, leaving: bool) -> None:
+    def _finish_warmup(self, intent: Intent) -> None:
         join_all(self._owner)
+        self._notice_new_parameters()
         self._get_ready(needed=True)
-        self.warmup.finish(self.replica.params, leaving=leaving)
+        ending = self._look_for_the_end if intent is Intent.CONSOLIDATE else None
+        self.warmup.finish(self.replica.params, intent, ending)
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 
@@ -377,7 +418,7 @@ class Course:
                 rounds = self._join() if self.is_new else self.ranks.together(self._begin)
             self._loaded = None
             self.driver = self._make_driver(rounds)
-            self.driver.ending = self._ending
+            self.driver.ending = self._look_for_the_end
             self.driver.mend = partial(forget_bad_state, self._optimizer)
             if self.stalled is not None:
                 self.driver.fail(self.stalled)

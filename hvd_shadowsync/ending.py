@@ -38,6 +38,8 @@ ABORTS = re.compile(
     rb"^(?:hvd_shadowsync: rank \d+ ends the job: |prterun has exited due to process rank)", re.MULTILINE
 )
 """A rank has ended the job, with our words or with Open MPI's."""
+STRAY = re.compile(rb"^\0", re.MULTILINE)
+"""A byte at the end of Open MPI's boxes that makes a log no text for grep."""
 HOST_AWAY = b"PRTE has lost communication with a remote daemon"
 """Open MPI ends the job for it, and exits with 0."""
 MARKS = (
@@ -204,6 +206,6 @@ class Endings:
             self.never_began = self.never_began or (int(number), int(code))
         self.trains = self.trains or TRAINS.search(text) is not None
         self.saves = self.saves or SAVES.search(text) is not None
-        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS, SAVES):
+        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS, SAVES, STRAY):
             text = pattern.sub(b"", text)
         return text

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 STATE_KEY = "shadow_sync"
 
 _OPEN: weakref.WeakValueDictionary[int, ShadowSync] = weakref.WeakValueDictionary()
+_TO_CLOSE: dict[int, ShadowSync] = {}
+"""Handles that other processes wait for, whether or not the program has kept them; in the order of construction."""
 
 
 class ShadowSync:
@@ -88,7 +90,8 @@ class ShadowSync:
             then, and for paused ones. Other calls in which ranks wait for one another between steps (allreduces of
             your own, tables in lockstep) do not go with it. Default None: never.
         stall_warning_s: after how many seconds of waiting for other ranks it is reported (logged as a warning) which
-            are missing, and where they are; again at doubling intervals. None: never. Default 60.
+            are missing, and where they are; again at doubling intervals. None: never. Default 60. Not yet at the first
+            calls of the construction, where MPI itself waits.
         stall_timeout_s: after how many seconds ranks are given up that do not answer (stopped, or cut off), or that
             have taken no step for so long while a round waits for them: longer than any step, evaluation or
             checkpoint. A paused rank is not. Default None: never.
@@ -223,21 +226,13 @@ class ShadowSync:
         """Evaluate on the mean of the replicas: `with sync.averaged_weights(): ...` (collective).
 
         Inside, the live weights and buffers are the mean; afterwards each rank has its own back, with the rounds in
-        them that were under way. Needs one more copy of the weights meanwhile.
+        them that were under way. A rank that had waited here for others, until its steps were in theirs, has nothing of
+        its own and keeps the mean: `synchronize()` right afterwards gives what the block saw. Needs one more copy of
+        the weights meanwhile.
         """
         self._require_open("averaged_weights()")
-        if self._course.alone:
+        with self._course.averaged():
             yield
-            return
-        self._course.meet()
-        replica = self._course.replica
-        own, integers = replica.empty(), replica.empty_integers()
-        replica.read(own, integers)
-        self.synchronize()
-        try:
-            yield
-        finally:
-            replica.write(own, integers)
 
     def metrics(self, *, merged: bool = False) -> dict[str, float]:
         """Return what `metrics.RoundMetrics` documents, of this rank or, collectively, of all (`merged=True`)."""
@@ -324,6 +319,11 @@ class ShadowSync:
         comm = self._course.ranks.comm
         return comm.members[comm.rank]
 
+    @property
+    def has_ending(self) -> bool:
+        """Whether somebody listens already: see `end_with`."""
+        return self._course.has_ending
+
     def end_with(self, ending: Callable[..., None] | None) -> None:
         """Have `ending` called now and then while this rank waits in a collective call; it raises to end the wait.
 
@@ -386,7 +386,7 @@ class ShadowSync:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; after an exception let the others train on and do not wait for them here."""
+        """Close; after an exception let the others train on and do not wait for them here: the handle stays."""
         if error is None:
             self.close()
         else:
@@ -433,18 +433,21 @@ class ShadowSync:
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
             ]
             if self._course.ranks.comm.spans_processes:
-                atexit.register(self._close_at_exit)
+                if not _TO_CLOSE:
+                    atexit.unregister(_close_at_exit)
+                    atexit.register(_close_at_exit)
+                _TO_CLOSE[self._course.ordinal] = self
 
     def _detach(self) -> None:
         self._closed = True
         _OPEN.pop(self._course.ordinal, None)
+        _TO_CLOSE.pop(self._course.ordinal, None)
         self._course.stop()
         for hook in self._hooks:
             hook.remove()
         for name in ("shadow", "synchronize", "skip_synchronize"):
             if name in vars(self.optimizer):
                 delattr(self.optimizer, name)
-        atexit.unregister(self._close_at_exit)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         average = self._course.warmup.left > 0 and not self._skip_average
@@ -452,6 +455,11 @@ class ShadowSync:
             raise ValueError(
                 f"warmup_steps={self._course.warmup.left} are left, but step() got a closure, whose gradients cannot "
                 "be averaged in time; use warmup_steps=0 with such optimizers"
+            )
+        if self._course.warmup.left > 0 and self._skip_average and not self._averaged:
+            raise ShadowSyncError(
+                f"step() inside skip_synchronize(), with warmup_steps={self._course.warmup.left} left, but nobody has "
+                "averaged this step's gradients; call optimizer.synchronize() before, on every rank"
             )
         self._course.step_begins(average=average and not self._averaged)
         self._averaged = False
@@ -517,6 +525,12 @@ def _open_handles() -> list[ShadowSync]:
     """Return the handles that work, in the order of their construction."""
     handles = [each for reference in _OPEN.valuerefs() if (each := reference()) is not None]
     return sorted(handles, key=lambda each: each._course.ordinal)
+
+
+def _close_at_exit() -> None:
+    """Close what is left, in the order of construction, in which programs are to close handles (collective)."""
+    for handle in list(_TO_CLOSE.values()):
+        handle._close_at_exit()
 
 
 def close_all() -> None:

@@ -110,6 +110,8 @@ class Rounds:
         self._others_progress = True
         self._steps = 0
         self._consolidated_at = -1
+        self.owes = False
+        """Whether the last result that counted this replica was not kept: it counts again, without another step."""
         self._intent = Intent.TRAIN
         self._called_at = metrics.steps
         self.joins = joins
@@ -279,7 +281,7 @@ class Rounds:
             RankLostError: a rank is lost; what has a result has it on all that are left. `go_on` comes next.
             ShadowSyncError: all replicas have NaN or infinity; raised on every rank.
         """
-        self._idle_rounds = 0 if new_steps or intent is Intent.TRAIN else self._idle_rounds + 1
+        self._idle_rounds = 0 if new_steps or self.owes or intent is Intent.TRAIN else self._idle_rounds + 1
         self._intent = intent
         self._ranks.admits = self._admits
         self._ranks.call_back()
@@ -299,7 +301,7 @@ class Rounds:
             self._watch_mismatch(count)
             self.most_spent_s = count.most_spent_us / 1e6
             if verdict is Verdict.CONFLICT:
-                raise ShadowSyncError(_conflict(count.intents))
+                raise ShadowSyncError(ballot.conflict(count.intents))
         else:
             verdict, weights = Verdict.ROUND, (1.0,) * self._comm.size
             self._others_progress = True  # or the center's owners will know
@@ -389,6 +391,7 @@ class Rounds:
         staged = self._staged(stage.how, Verdict.ROUND, None if stage.how is Merge.ASSIGN else sample)
         staged.still = frozenset(stage.still)
         staged.heals = self._settle_health(stage, counted=weights[self._comm.rank] > 0)
+        self.owes = False
         took_s = time.monotonic() - begun
         self._last_cost_s = self._cost_s(took_s, time.thread_time() - spent)
         with self._metrics.lock:
@@ -488,6 +491,7 @@ class Rounds:
             self._finish_capture(copy)
         staged = self._staged(Merge.ASSIGN, Verdict.CONSOLIDATE, None)
         staged.members = tuple(self._comm.members)
+        staged.counts, self.owes = weights[self._comm.rank] > 0, False
         if self._health.bad is not None:
             self._health.note_healed(others_progress=False)  # nobody trains
             staged.heals = True
@@ -627,8 +631,3 @@ def _run_errand(errand: Errand | None, comm: Communicator) -> Met:
         raise
     except Exception as error:  # the training thread's, which waits for what comes of it
         return Met(error=error)
-
-
-def _conflict(intents: Sequence[Intent]) -> str:
-    where = ", ".join(f"rank {rank} in {ballot.CALLS[intent]}" for rank, intent in enumerate(intents))
-    return f"the ranks wait for one another: {where}; make these calls on every rank, in the same order"

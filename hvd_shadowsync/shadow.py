@@ -41,7 +41,17 @@ class Driver(ABC):
         """Called in the training thread before live weights with bad numbers become the others'."""
         self.whereabouts = rounds.whereabouts
         self.whereabouts.steps = lambda: metrics.steps
+        self.counted = True
+        """Whether this rank's replica was in the last consolidation: not if it had long waited, or was bad."""
         self._consolidated: tuple[int, ...] = ()
+        self._before: Callable[[], None] | None = None
+
+    def _merge(self, staged: Staged, *, hogwild: bool = False) -> None:
+        if staged.verdict is Verdict.CONSOLIDATE:
+            self._consolidated, self.counted = staged.members, staged.counts
+            if self._before is not None:
+                self._before()
+        merge_staged(staged, self.metrics, hogwild=hogwild, mend=self.mend)
 
     @abstractmethod
     def fail(self, error: StallError) -> None:
@@ -72,8 +82,11 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    def synchronize(self) -> None:
-        """Wait until all ranks are here, then make all replicas bit-identical."""
+    def synchronize(self, before: Callable[[], None] | None = None) -> None:
+        """Wait until all ranks are here, then make all replicas bit-identical.
+
+        `before` is called while the live tensors are what this rank brings, right before they become the others'.
+        """
 
     @abstractmethod
     def end(self) -> tuple[int, ...]:
@@ -128,11 +141,15 @@ class Foreground(Driver):
                     return met.get()
                 self._look_for_the_end()
 
-    def synchronize(self) -> None:
+    def synchronize(self, before: Callable[[], None] | None = None) -> None:
         """See `Driver.synchronize`."""
-        with self.whereabouts.calling(CALLS[Intent.CONSOLIDATE]):
-            while self._run(Intent.CONSOLIDATE) is not Verdict.CONSOLIDATE:
-                self._look_for_the_end()
+        self._before = before
+        try:
+            with self.whereabouts.calling(CALLS[Intent.CONSOLIDATE]):
+                while self._run(Intent.CONSOLIDATE) is not Verdict.CONSOLIDATE:
+                    self._look_for_the_end()
+        finally:
+            self._before = None
 
     def end(self) -> tuple[int, ...]:
         """See `Driver.end`."""
@@ -164,8 +181,7 @@ class Foreground(Driver):
         self._steps_at_round = self.metrics.steps
         if not isinstance(result, Staged):
             return result
-        merge_staged(result, self.metrics, mend=self.mend)
-        self._consolidated = result.members
+        self._merge(result)
         return result.verdict
 
 
@@ -284,10 +300,13 @@ class ShadowThread(Driver):
         met, self._errand, self._met = self._met, None, None
         return None if met is None else met.get()
 
-    def synchronize(self) -> None:
+    def synchronize(self, before: Callable[[], None] | None = None) -> None:
         """See `Driver.synchronize`."""
-        target = self._consolidations + 1
-        self._wait_in(Intent.CONSOLIDATE, lambda: self._consolidations >= target)
+        target, self._before = self._consolidations + 1, before
+        try:
+            self._wait_in(Intent.CONSOLIDATE, lambda: self._consolidations >= target)
+        finally:
+            self._before = None
 
     def end(self) -> tuple[int, ...]:
         """See `Driver.end`."""
@@ -330,11 +349,10 @@ class ShadowThread(Driver):
             ) from self._failure
         if self._staged is None:
             return
-        merge_staged(self._staged, self.metrics, hogwild=hogwild, mend=self.mend)
+        self._merge(self._staged, hogwild=hogwild)
         self._steps_merged = self._staged.steps
         if self._staged.verdict is Verdict.CONSOLIDATE:
             self._consolidations += 1
-            self._consolidated = self._staged.members
         if self._staged.heals:
             self._steps_at_round = self.metrics.steps  # the next round is to see what steps make of it
         self._staged = None

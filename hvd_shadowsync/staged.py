@@ -23,6 +23,7 @@ class Staged:
 
     With `heals` the live tensors had bad numbers, and become the others'; those numbered in `still` stay as they are.
     `members` are the numbers of the ranks that a consolidation is of, the first rank's first: the same on all of them.
+    `counts`: whether this rank's replica is in it.
     """
 
     replica: Replica
@@ -36,6 +37,7 @@ class Staged:
     heals: bool = False
     still: frozenset[int] = frozenset()
     members: tuple[int, ...] = ()
+    counts: bool = True
 
     def merge(self, *, hogwild: bool = False) -> Progress | None:
         """Bring the result into the live tensors; return what of the progress in flight is left, where it is told."""

@@ -81,8 +81,8 @@ class Checkpointer:
         dir: of this job's checkpoints, on a file system that all ranks see; made where it is missing. What else is in
             it is never touched.
         model: whose weights `sync` keeps together.
-        sync: the handle. Of a model with several optimizers give each its own folder and Checkpointer, the last one to
-            step the only one with `end_signals`.
+        sync: the handle, which has no other Checkpointer. Of a model with several optimizers give each its own folder
+            and Checkpointer, the last one to step the only one with `end_signals`.
         every_s: seconds from one checkpoint's beginning to the next; default 600 where `every_steps` is not given.
         every_steps: steps of rank 0 from one to the next; with both, whichever has passed first.
         keep: how many good ones are kept; older ones are removed once a new one is there. Default 3.
@@ -111,6 +111,10 @@ class Checkpointer:
     ) -> None:
         check_folder("dir", dir)
         _check(model, sync, every_s, every_steps, keep)
+        if sync.has_ending:
+            raise ValueError(
+                "sync has a Checkpointer already, and a round is copied for one only; close() that one first"
+            )
         self._folder, self._model, self._sync = Path(dir).absolute(), model, sync
         self._every_s = EVERY_S if every_s is None and every_steps is None else every_s
         self._every_steps = every_steps
@@ -158,7 +162,7 @@ class Checkpointer:
         """Load the newest good checkpoint on every rank and return its extra; None where there is none (collective).
 
         At any world size. What is damaged is passed over, with a warning that says what is wrong; `loaded` says which
-        one it was.
+        one it was, None if there was none.
 
         Raises:
             CheckpointError: a rank does not see what rank 0 sees, or the checkpoint does not fit the model; raised on
@@ -169,6 +173,8 @@ class Checkpointer:
             if self._is_good(stored):
                 extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
                 self.loaded = stored.path
+                if self._writes:
+                    logger.info("%s was loaded; it goes on from step %d", stored.path, self._sync.steps)
                 self._others[0].discard(stored.manifest.seal)
                 self._begun_at_s, self._begun_at_step = time.monotonic(), None
                 return extra
@@ -258,6 +264,9 @@ class Checkpointer:
     # --- at the end of a step ---------------------------------------------------------------------------------------
 
     def _after_step(self, *_: Any) -> None:
+        if self._sync.is_closed:
+            self._outlive_the_handle()
+            return
         if self._told_to_end or self._signals.came:
             self._end()
         if not self._writes or self._writer.busy:
@@ -330,12 +339,23 @@ class Checkpointer:
         self._ending = True
         self._tell_to_end()
         logger.warning(
-            "rank %d was told to end at step %d: a last checkpoint is to be made", self._sync.rank, self._sync.steps
+            "rank %d was told to end at step %d, and tries to make a last checkpoint", self._sync.rank, self._sync.steps
         )
         self._drop_capture()
         written = self._write_last()
         self._leave()
         raise SystemExit(0 if written else 1)
+
+    def _outlive_the_handle(self) -> None:
+        """Take no further part: without the handle there is no consolidated model."""
+        told = self._told_to_end or self._signals.came
+        logger.warning(
+            "rank %d trains on after its handle was closed: no more checkpoints, nor a last one at a signal; close() "
+            "the Checkpointer before the handle", self._sync.rank,
+        )  # fmt: skip
+        self._leave()
+        if told:
+            raise SystemExit(1)
 
     def _write_last(self) -> bool:
         """Have the first rank write the last checkpoint, or the next one if it is lost; False where this one could not.

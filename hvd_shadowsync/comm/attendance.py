@@ -121,6 +121,7 @@ class _Peer:
     heard_at: float = -math.inf
     owes_since: float | None = None
     held_up: str = ""
+    was_away: bool = False
     ended: bool = False
     ending_since: float | None = None
     enders: set[int] = field(default_factory=set)
@@ -340,6 +341,7 @@ class Attendance:
         waited = f"{self._own} has waited for {now - stall.wait.since:.0f} s in {stall.wait.place}"
         for each in missing.values():
             each.held_up = stall.wait.place
+            each.was_away = each.was_away or self._is_silent(each, now)
         if missing:
             logger.warning("%s for %s", waited, "; for ".join(self._where(each, now) for each in missing.values()))
         elif not self._whereabouts.word().call:
@@ -353,8 +355,8 @@ class Attendance:
     def _say_who_is_back(self) -> None:
         for peer in self._present().values():
             if peer.held_up and peer.owes_since is None:
-                logger.warning("%s is back; %s", peer.person, peer.held_up)
-                peer.held_up = ""
+                logger.warning("%s %s; %s", peer.person, "is back" if peer.was_away else "has come", peer.held_up)
+                peer.held_up, peer.was_away = "", False
 
     # --- giving ranks up ----------------------------------------------------------------------------------------------
 

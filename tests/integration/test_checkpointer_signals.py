@@ -44,6 +44,7 @@ def tell(*which: int, ranks: int = 2) -> Callable[[Job], None]:
         ("trains", (1,)),
         ("meets", (0, 1)),
         ("meets", (0,)),
+        ("gathers_in_the_warmup", (0,)),
         ("in_the_foreground", (0, 1)),
         ("with_a_center", (0, 1)),
         ("with_a_center", (1,)),
@@ -56,13 +57,18 @@ def test_a_signal_makes_a_last_checkpoint_and_a_clean_exit(case: str, which: tup
     require_last(tmp_path / "checkpoints", outcome)
 
 
+def test_a_signal_ends_waits_in_the_calls_of_any_handle(tmp_path: Path) -> None:
+    outcome = run_case("waits_in_one_of_two", tmp_path, tell(1)).require_success()
+    require_last(tmp_path / "checkpoints" / "second", outcome)
+
+
 def require_last(folder: Path, outcome: Outcome) -> None:
     """Fail unless the newest checkpoint is one of after the signal."""
     told = [int(step) for step in re.findall(r"was told to end at step (\d+)", outcome.errors)]
     latest = Checkpointer.latest(folder)
     assert latest is not None
     steps = checkpoint.read(latest / "model.pt")["optimizer"]["shadow_sync"]["counters"]["steps"]
-    assert steps >= min(told) >= 20
+    assert steps >= min(told) >= 20, outcome.errors
 
 
 def test_a_signal_to_one_rank_of_a_job_that_outlives_its_ranks(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_the_exit_code_of_one_rank_is_the_jobs(tmp_path: Path) -> None:
         ("nobody_closes", 2),
         ("one_does_not_close", 2),
         ("nobody_closes_two", 2),
+        ("one_closes_the_first_of_two", 2),
         ("pauses_for_ever", 2),
         ("closes_in_the_middle_of_rounds", 2),
         ("two_handles_and_no_data", 2),

@@ -101,6 +101,15 @@ def test_a_stopped_rank_ends_the_job_after_the_time_out(options: dict[str, Any],
     assert "the job ends: held up for 3 s (stall_timeout_s) by rank 1 on" in outcome.errors
 
 
+def test_a_rank_that_is_stopped_while_its_handle_is_made_ends_the_job_as_well(tmp_path: Path) -> None:
+    outcome = run(tmp_path, lambda job: None, "constructing", stall_warning_s=1.0, stall_timeout_s=3.0)
+    assert not outcome.verdict, outcome.verdict + outcome.text
+    assert outcome.code != 0
+    assert outcome.left_over == []
+    assert "in the start, before rounds for rank 1 on" in outcome.errors
+    assert "the job ends: held up for 3 s (stall_timeout_s) by rank 1 on" in outcome.errors
+
+
 @pytest.mark.parametrize(("case", "stopped"), [("mean", 0), ("easgd", 1)])
 def test_a_stopped_rank_is_dropped_and_the_others_end_well(case: str, stopped: int, tmp_path: Path) -> None:
     others = [rank for rank in range(RANKS) if rank != stopped]

@@ -345,7 +345,11 @@ def test_any_world_size_goes_on(algorithm: Algorithm, before: int, after: int, t
 
 @pytest.mark.parametrize("after", [1, 2, 3])
 @pytest.mark.parametrize("before", [1, 2])
-@pytest.mark.parametrize("driver", [FOREGROUND, {"sync_every": 2}], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    "driver",
+    [FOREGROUND, {"sync_every": 2, "foreground": False}, {"warmup_steps": 2}, {"warmup_steps": 100}],
+    ids=["foreground", "background", "after the warm-up", "in the warm-up"],
+)
 def test_steps_are_those_of_the_checkpoint_as_soon_as_it_is_loaded(
     driver: dict[str, Any], before: int, after: int, tmp_path: Path
 ) -> None:
@@ -623,6 +627,41 @@ def test_calls_after_close(tmp_path: Path) -> None:
         checkpointer.save_now()
 
 
+def test_a_handle_has_one_checkpointer_at_a_time(tmp_path: Path) -> None:
+    def use(job: Any) -> list[str]:
+        with pytest.raises(ValueError, match=r"sync has a Checkpointer already, .* close\(\) that one first"):
+            Checkpointer(tmp_path / "other", job.model, job.sync)
+        job.checkpointer.close()
+        with Checkpointer(tmp_path / "other", job.model, job.sync) as other:
+            job.train(2)
+            other.save_now()
+        return names(tmp_path / "other") if job.rank == 0 else ["step-2"]
+
+    assert on_checkpointers(2, tmp_path, use) == [["step-2"]] * 2
+    assert names(tmp_path) == ["other"]
+
+
+def test_training_after_the_handle_was_closed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Said once; a signal that has come before is an end without a last checkpoint, and no clean one."""
+
+    def use(job: Any) -> int | None:
+        job.train(3)
+        job.sync.close()
+        if job.rank == 1:
+            job.checkpointer.stop()
+            with pytest.raises(SystemExit) as ended:
+                job.train(1)
+            return ended.value.code
+        job.train(3)
+        return None
+
+    assert on_checkpointers(2, tmp_path, use, every_steps=1) == [None, 1]
+    said = [each.message for each in caplog.records if "after its handle was closed" in each.message]
+    assert sorted(each.split(":")[0] for each in said) == [
+        f"rank {rank} trains on after its handle was closed" for rank in range(2)
+    ]
+
+
 def _alone() -> tuple[torch.nn.Module, ShadowSync]:
     model = make_model()
     from hvd_shadowsync.comm.local import run
@@ -753,9 +792,6 @@ DRIVERS = {
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("calls", ["trains", "meets", "synchronizes", "closes"])
 def test_told_on_one_rank_all_end_with_a_last_checkpoint(driver: str, calls: str, tmp_path: Path) -> None:
-    if driver == "warmup" and calls != "trains":
-        pytest.skip("in the warm-up ranks step together")
-
     def use(job: Any) -> tuple[int | None, Content]:
         with pytest.raises(SystemExit) as ended:
             job.train(10)

@@ -93,8 +93,10 @@ def test_what_ranks_say_is_taken_out_of_their_lines() -> None:
         b"hvd_shadowsync: rank 4 ended before it had begun; code: -9\n",
         b"hvd_shadowsync: rank 3 has begun\n",
         b"hvd_shadowsync: rank 5 ended; lost: 1 2; replaced: 2\n",
+        b"---\n\0words after a box of Open MPI's\n",
     ]
-    assert [endings.without(line) for line in lines] == [b"", b"a warning\n", b"half a line, ", b"", b"", b""]
+    passed_on = [b"", b"a warning\n", b"half a line, ", b"", b"", b"", b"---\nwords after a box of Open MPI's\n"]
+    assert [endings.without(line) for line in lines] == passed_on
     assert (endings.ended, endings.lost, endings.begun) == ({0, 3, 5}, {1, 2, 12}, {3})
     assert endings.replaced == {2}
     assert endings.never_began == (4, -9)

@@ -363,6 +363,27 @@ def test_parameters_added_later_start_from_rank_0s_and_old_ones_go_on(driver: di
         assert extra.tolist() == [3.0] * 5
 
 
+@DRIVERS
+@pytest.mark.parametrize("call", ["synchronize", "averaged_weights", "end"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_parameters_added_right_before_a_collective_call_are_in_it(
+    steps: int, call: str, driver: dict[str, Any]
+) -> None:
+    def program(comm: Communicator) -> list[list[float]]:
+        slopes, extra = Slopes(comm.rank), torch.nn.Parameter(torch.full((3,), 1.0 + comm.rank))
+        with ShadowSync(slopes.optimizer, communicator=comm, **driver) as sync:
+            for _ in range(steps):
+                slopes.step()
+            slopes.optimizer.add_param_group({"params": [extra]})
+            if call == "averaged_weights":
+                with sync.averaged_weights():
+                    return sync.gather(extra.tolist())
+            getattr(sync, call)()
+            return sync.gather(extra.tolist())
+
+    assert on_ranks(2, program) == [[[1.0] * 3] * 2] * 2
+
+
 @pytest.mark.parametrize("algorithm", [BMUF(block_momentum=0.2), ElasticAveraging()], ids=str)
 def test_parameters_added_before_the_first_step(algorithm: Algorithm) -> None:
     def program(comm: Communicator) -> list[float]:
@@ -779,6 +800,63 @@ def test_averaged_weights_show_the_mean_of_what_each_rank_has() -> None:
                         torch.testing.assert_close(value, torch.stack([each[name] for each in everyone]).mean(0))
 
     on_ranks(2, program)
+
+
+@pytest.mark.parametrize("driver", [BACKGROUND, {"sync_every": 5}, {"sync_every": 5, "foreground": True}], ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_what_is_evaluated_is_what_is_saved_afterwards_however_late_a_rank_came(
+    algorithm: Algorithm, driver: dict[str, Any]
+) -> None:
+    """Rank 0 waits until its steps are in the weights of rank 1, which takes some more, no round after them."""
+
+    def program(comm: Communicator) -> None:
+        model = make_model(batch_norm=False)
+        optimizer = sgd(model)
+        with ShadowSync(optimizer, model=model, communicator=comm, algorithm=algorithm, **driver) as sync:
+            train(model, optimizer, 3 if comm.rank == 0 else 63, stream=comm.rank)
+            with sync.averaged_weights():
+                seen = content(model)
+                assert identical_everywhere(sync, model)
+            sync.synchronize()
+            for name, value in content(model).items():
+                torch.testing.assert_close(value, seen[name], rtol=1e-6, atol=1e-7)
+
+    on_ranks(2, program)
+
+
+def test_steps_that_averaged_weights_gave_back_count_again() -> None:
+    """Without a round: the rank whose steps were in the mean for the block alone has not lost them at the next one."""
+
+    def program(comm: Communicator) -> None:
+        slopes = Slopes(comm.rank)
+        with ShadowSync(slopes.optimizer, communicator=comm, **NEVER) as sync:
+            for _ in range(2):
+                slopes.step()
+            for _ in range(2):
+                with sync.averaged_weights():
+                    torch.testing.assert_close(slopes.weights.detach(), slopes.moved((2 + 4) / 2))
+                torch.testing.assert_close(slopes.weights.detach(), slopes.moved(2 * (comm.rank + 1)))
+            if comm.rank == 0:
+                slopes.step()
+            sync.synchronize()
+            torch.testing.assert_close(slopes.weights.detach(), slopes.moved((3 + 4) / 2))
+
+    on_ranks(2, program)
+
+
+def test_a_replica_with_bad_numbers_keeps_the_mean_after_an_evaluation() -> None:
+    def program(comm: Communicator) -> bool:
+        slopes = Slopes(comm.rank)
+        with ShadowSync(slopes.optimizer, communicator=comm, **NEVER) as sync:
+            slopes.step()
+            if comm.rank == 1:
+                with torch.no_grad():
+                    slopes.weights[0] = torch.nan
+            with sync.averaged_weights():
+                assert bool(slopes.weights.isfinite().all())
+            return bool(slopes.weights.isfinite().all())
+
+    assert on_ranks(2, program) == [True, True]
 
 
 # --- uneven data ------------------------------------------------------------------------------------------------------
@@ -1522,6 +1600,30 @@ def test_tables_that_are_served_are_not_deterministic(in_the_model: bool) -> Non
         with pytest.raises(ValueError, match="deterministic=True does not go with mode='served' of the table 'ads'"):
             ShadowSync(sgd(model), model=whole, communicator=comm, sync_every=1, deterministic=True)
         tables.close()
+
+    on_ranks(2, program)
+
+
+@pytest.mark.parametrize("steps", [(0, 5), (3, 5), (3, 0)], ids=str)
+@pytest.mark.parametrize("options", [BACKGROUND, FOREGROUND, {"warmup_steps": 10, **FOREGROUND}], ids=str)
+def test_weights_are_loaded_by_ranks_that_come_at_different_steps(
+    options: dict[str, Any], steps: tuple[int, int]
+) -> None:
+    """Also where rounds have not begun, for one of them or for all."""
+
+    def program(comm: Communicator) -> None:
+        model = make_model(batch_norm=False)
+        optimizer = sgd(model)
+        loaded = make_model(7, batch_norm=False)
+        with ShadowSync(optimizer, model=model, communicator=comm, **options) as sync:
+            train(model, optimizer, steps[comm.rank], stream=comm.rank)
+            sync.settle()
+            model.load_state_dict(loaded.state_dict())
+            sync.load_state_dict(None)
+            assert same(content(model), content(loaded))
+            train(model, optimizer, 2, stream=comm.rank)
+            sync.synchronize()
+            assert identical_everywhere(sync, model)
 
     on_ranks(2, program)
 

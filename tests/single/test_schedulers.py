@@ -27,6 +27,7 @@ from torch.optim import Optimizer, lr_scheduler
 from hvd_shadowsync import DistributedOptimizer, ShadowSync
 from hvd_shadowsync.comm import job, mpi
 from hvd_shadowsync.comm.base import Communicator
+from hvd_shadowsync.errors import ShadowSyncError
 
 STEPS = 9
 Scheduler = Any
@@ -285,6 +286,25 @@ def test_clipping_recipe_after_the_warmup_is_local(
 
     for trained, plain in on_ranks(size, program):
         assert same(trained, plain)
+
+
+def test_a_step_of_the_warmup_that_nobody_averages_is_refused(
+    threads_are_the_world: Callable[[Communicator], None],
+) -> None:
+    def program(comm: Communicator) -> list[float]:
+        threads_are_the_world(comm)
+        weights = torch.nn.Parameter(torch.zeros(3))
+        optimizer = DistributedOptimizer(torch.optim.SGD([weights], lr=1.0), warmup_steps=2, sync_every=1000)
+        weights.grad = torch.full((3,), -2.0 * (comm.rank + 1))
+        refused = pytest.raises(ShadowSyncError, match=r"warmup_steps=2 left, .* call optimizer.synchronize\(\) before")
+        with optimizer.skip_synchronize(), refused:  # type: ignore[attr-defined]
+            optimizer.step()
+        optimizer.step()
+        moved = weights.detach().tolist()
+        optimizer.shadow.close()  # type: ignore[attr-defined]
+        return moved
+
+    assert on_ranks(2, program) == [[3.0] * 3] * 2
 
 
 def test_synchronize_without_skip_does_not_average_twice(

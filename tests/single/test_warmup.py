@@ -10,9 +10,11 @@ from ranks_as_threads import on_ranks
 from recording import Recorded
 from torch import Tensor
 
+from hvd_shadowsync.ballot import Intent
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.poll import Poller
 from hvd_shadowsync.comm.survivors import Survivors
+from hvd_shadowsync.errors import ShadowSyncError
 from hvd_shadowsync.replica import NamedTensor
 from hvd_shadowsync.warmup import Warmup
 
@@ -125,7 +127,7 @@ def test_a_rank_that_stops_does_not_count_and_holds_nobody_up(leaving: bool) -> 
             params = parameters(full(1.0 + comm.rank))
             warmup.average(params)
             seen.append(params[0].tensor.grad[0].item())
-        warmup.finish(parameters(full(99.0)), leaving=leaving)
+        warmup.finish(parameters(full(99.0)), Intent.LEAVE if leaving else Intent.CONSOLIDATE)
         return seen, warmup.left, root_of(warmup)
 
     first, second = on_ranks(2, program)
@@ -139,7 +141,7 @@ def test_the_gradients_of_a_rank_that_stopped_stay_as_they_are() -> None:
         if comm.rank == 0:
             warmup.average(params)
         else:
-            warmup.finish(params, leaving=False)
+            warmup.finish(params, Intent.CONSOLIDATE)
         return params[0].tensor.grad.tolist()
 
     assert on_ranks(2, program) == [[1.0] * 4, [2.0] * 4]
@@ -151,7 +153,7 @@ def test_where_all_ranks_wait_the_warm_up_goes_on_afterwards() -> None:
     def program(comm: Communicator) -> tuple[int, float, int]:
         warmup = warmup_of(comm, 3)
         warmup.average(parameters(full(1.0)))
-        warmup.finish(parameters(full(1.0)), leaving=False)
+        warmup.finish(parameters(full(1.0)), Intent.CONSOLIDATE)
         left, params = warmup.left, parameters(full(2.0 * comm.rank))
         warmup.average(params)
         return left, params[0].tensor.grad[0].item(), warmup.left
@@ -164,10 +166,42 @@ def test_where_ranks_leave_and_none_trains_the_warm_up_is_over(leavers: set[int]
     def program(comm: Communicator) -> int:
         warmup = warmup_of(comm, 5)
         warmup.average(parameters(full(1.0)))
-        warmup.finish(parameters(full(1.0)), leaving=comm.rank in leavers)
+        warmup.finish(parameters(full(1.0)), Intent.LEAVE if comm.rank in leavers else Intent.CONSOLIDATE)
         return warmup.left
 
     assert on_ranks(2, program) == [0, 0]
+
+
+def test_ranks_that_wait_in_different_calls_are_an_error_on_all() -> None:
+    def program(comm: Communicator) -> str:
+        warmup = warmup_of(comm, 3)
+        with pytest.raises(ShadowSyncError) as caught:
+            warmup.finish(parameters(full(1.0)), Intent.CONSOLIDATE if comm.rank else Intent.MEET)
+        return str(caught.value)
+
+    (message,) = set(on_ranks(2, program))
+    assert message.startswith("the ranks wait for one another: rank 0 in a collective call")
+    assert "rank 1 in synchronize(); make these calls on every rank" in message
+
+
+def test_who_waits_is_asked_to_end_where_another_rank_does() -> None:
+    """And waits on, where it does not, until it comes to its end by itself."""
+
+    def program(comm: Communicator) -> tuple[int, int]:
+        warmup, asked = warmup_of(comm, 3), [0]
+
+        def ask() -> None:
+            asked[0] += 1
+            if asked[0] == 3:
+                raise InterruptedError
+
+        try:
+            warmup.finish(parameters(full(1.0)), Intent.MEET if comm.rank == 0 else Intent.END, ask)
+        except InterruptedError:
+            warmup.finish(parameters(full(1.0)), Intent.END, ask)
+        return asked[0], warmup.left
+
+    assert on_ranks(2, program) == [(3, 3), (0, 3)]
 
 
 def test_the_root_is_a_rank_that_made_every_step() -> None:
@@ -177,7 +211,7 @@ def test_the_root_is_a_rank_that_made_every_step() -> None:
         for _ in range(1 + comm.rank):  # rank 2 alone makes all three
             warmup.average(parameters(full(1.0)))
             roots.append(root_of(warmup))
-        warmup.finish(parameters(full(1.0)), leaving=False)
+        warmup.finish(parameters(full(1.0)), Intent.CONSOLIDATE)
         return [*roots, root_of(warmup)]
 
     assert on_ranks(3, program) == [[0, 0, 2], [0, 0, 1, 2], [0, 0, 1, 2, 2]]
@@ -187,7 +221,7 @@ def test_without_steps_there_is_nothing_to_finish() -> None:
     def program(comm: Communicator) -> int:
         warmup = warmup_of(comm, 0)
         if comm.rank == 0:  # the other rank would not take part
-            warmup.finish(parameters(full(1.0)), leaving=False)
+            warmup.finish(parameters(full(1.0)), Intent.CONSOLIDATE)
         return warmup.left
 
     assert on_ranks(2, program) == [0, 0]

@@ -52,6 +52,31 @@ def meets(folder: str) -> None:
     trains(folder, meets=True)
 
 
+def gathers_in_the_warmup(folder: str) -> None:
+    trains(folder, meets=True, warmup_steps=100_000)
+
+
+def waits_in_one_of_two(folder: str) -> None:
+    """A GAN: the last rank is told to end, and listens for the second handle; rank 0 waits in a call of the first."""
+    models = [make_model(ranks.RANK), make_model(ranks.RANK + 1)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+    first, second = (ShadowSync(o, model=m, sync_every=2) for o, m in zip(optimizers, models, strict=True))
+    listens = Checkpointer(f"{folder}/second", models[1], second, every_steps=100_000)
+    loaded = Checkpointer(f"{folder}/first", models[0], first, every_steps=100_000, end_signals=()).load_latest()
+    data = Data(ranks.RANK)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, data.batch()).backward()
+            optimizer.step()
+        time.sleep(0.001)
+        if second.steps == 20:
+            ranks.say("trains", "on", str(listens.loaded or loaded))
+            if ranks.RANK == 0:
+                first.synchronize()
+
+
 def in_the_foreground(folder: str) -> None:
     trains(folder, foreground=True)
 

@@ -215,10 +215,20 @@ def one_does_not_close() -> None:
 
 def nobody_closes_two() -> None:
     """A GAN whose handles are forgotten."""
-    (first, _), (second, _) = wrapped(), wrapped_until_exit()
+    (first, _), (second, _) = wrapped_until_exit(), wrapped()
     for _ in range(30):
         first.step()
         second.step()
+
+
+def one_closes_the_first_of_two() -> None:
+    """Rank 0 closes one handle by hand; all others are forgotten, and closed in the order in which they were made."""
+    (first, one), (second, _) = wrapped_until_exit(), wrapped()
+    for _ in range(30):
+        first.step()
+        second.step()
+    if RANK == 0:
+        one.close()
 
 
 # --- errors of the shadow thread on the last rank -------------------------------------------------------------------
