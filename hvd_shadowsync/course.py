@@ -98,16 +98,12 @@ class Course:
         self._greet_who_joins(self.ranks)
         self.alone = self.ranks.comm.size == 1 and not self.is_new
         arguments.check_dropping(settings.stalls, self.ranks.comm)
-        if not (self.alone or self.is_new):
-            self.watch.begin(self.ranks)
         warmup_steps = 0 if self.is_new else settings.warmup_steps
         self.warmup = Warmup(self.ranks, self._poller, warmup_steps, sparse_as_dense=settings.sparse_as_dense)
         self._groups = _group_sizes(optimizer)
         self.replica = self._make_replica()
         if not self.alone:
-            self._require_same()
-            self._start()
-            self._started = False
+            self._begin_alike()
         _OPEN[self.ordinal] = self
 
     @property
@@ -329,9 +325,9 @@ class Course:
                 f"optimizer state with rounds in it was loaded on ranks {[r for r, has in enumerate(loaded) if has]} "
                 "only; load it on every rank, or call broadcast_optimizer_state"
             )
-        if self._loaded is not None:
+        if self._loaded is not None:  # and the warm-up has gone on counting from there
             counters = self.metrics.counters() if self.driver is None else self._loaded["counters"]
-            rounds.load_state({**self._loaded, "counters": counters})  # there are steps of the warm-up since
+            rounds.load_state({**self._loaded, "counters": counters})
         comm.allgather_object(None)
 
     # --- the start ----------------------------------------------------------------------------------------------------
@@ -339,6 +335,21 @@ class Course:
     def _make_replica(self) -> Replica:
         params, buffers = name_tensors(self._optimizer, self._model, self._names)
         return Replica(params, buffers if self.settings.sync_buffers else [])
+
+    def _begin_alike(self) -> None:
+        """Begin to look who is missing, then require the same of all ranks and give them the same weights (collective).
+
+        Once more at the first step, for what is loaded in between.
+        """
+        if not self.is_new:
+            self.watch.begin(self.ranks)
+        try:
+            self._require_same()
+            self._start()
+        except BaseException:
+            self.watch.stop()
+            raise
+        self._started = False
 
     def _require_same(self) -> None:
         tensors = self.replica.tensors + self.replica.integers

@@ -24,11 +24,15 @@ class Watch:
     def __init__(self, rules: StallRules, metrics: RoundMetrics, fail: Callable[[StallError], None]) -> None:
         self._rules, self._metrics, self._fail = rules, metrics, fail
         self.attendance: Attendance | None = None
+        self._unused: Communicator | None = None
 
     def begin(self, ranks: Survivors) -> None:
-        """Begin to look who is missing (collective)."""
+        """Begin to look who is missing (collective, whatever the rules: nobody knows yet that all have the same)."""
+        comm, people = ranks.together(_roll)
         if self._rules.active:
-            self._attend(ranks, *ranks.together(_roll))
+            self._attend(ranks, comm, people)
+        else:
+            self._unused = comm
 
     def greet(self, ranks: Survivors, comm: Communicator) -> None:
         """Take note of ranks that have joined (collective over `comm`, on the thread that makes rounds)."""
@@ -47,6 +51,8 @@ class Watch:
         """Look no longer, and give the communicator back (collective)."""
         if self.attendance is not None:
             self.attendance.close()
+        elif self._unused is not None:
+            self._unused.free()
 
     def _attend(self, ranks: Survivors, comm: Communicator, people: list[Person]) -> None:
         metrics = self._metrics

@@ -16,6 +16,7 @@ MISMATCHES = {
     "dtype": r"replicas differ in parameter 0\.weight: .*torch\.float32 on rank 0, .*torch\.float64 on rank 2; ",
     "lr": r"replicas differ in optimizer group 0, lr: 0\.1 on rank 0, 0\.2 on rank 2; ",
     "algorithm": r"replicas differ in argument options: .*ModelAveraging.* on rank 0, .*BMUF.*block_lr=0\.5.*",
+    "stalls": r"replicas differ in argument stalls: .*warning_s=60\.0.* on rank 0, .*warning_s=None.* on rank 2; ",
 }
 ARGUMENTS = {
     "no optimizer": r"TypeError: optimizer is a Sequential; pass the torch\.optim\.Optimizer",

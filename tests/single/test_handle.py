@@ -1181,6 +1181,7 @@ def test_initial_weights_that_are_checked() -> None:
         assert same(content(model), content(make_model(comm.rank)))
 
     on_ranks(2, program)
+    assert "shadow-attendance" not in [each.name for each in threading.enumerate()]
 
 
 def test_average_optimizer_state() -> None:

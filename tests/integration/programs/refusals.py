@@ -40,6 +40,7 @@ MISMATCHES: Mapping[str, dict[str, Any]] = {
     "dtype": {"model": lambda: make_model(0).double()},
     "lr": {"lr": 0.2},
     "algorithm": {"algorithm": BMUF(block_lr=0.5)},
+    "stalls": {"stall_warning_s": None},
 }
 
 
