@@ -146,10 +146,28 @@ class _Collective:
     deposits: dict[int, Any] = field(default_factory=dict)
     done: bool = False
 
+
+@dataclass
+class _Joined:
+    """One rank's part in a collective; what it had deposited is its own again once this has raised."""
+
+    collective: _Collective
+    rank: int
+
     def test(self) -> bool:
-        if not self.done:
-            self.shared.require_whole(waiting_for=set(range(self.shared.size)) - set(self.deposits))
-        return self.done
+        collective = self.collective
+        if collective.done:
+            return True
+        shared = collective.shared
+        try:
+            shared.require_whole(waiting_for=set(range(shared.size)) - set(collective.deposits))
+        except RankLostError:
+            with shared.changed:
+                if collective.done:
+                    return True
+                collective.deposits.pop(self.rank, None)
+            raise
+        return False
 
 
 @dataclass
@@ -186,7 +204,7 @@ class _Shared:
                 collective.done = True
                 del self.collectives[number]
                 self.changed.notify_all()
-            return collective
+            return _Joined(collective, rank)
 
     def part(self, number: int, color: int, members: list[int]) -> _Shared:
         with self.changed:

@@ -319,6 +319,26 @@ def test_messages_that_fit_several_receives_are_for_the_first_one() -> None:
     assert local.run(2, program, timeout_s=10.0)[1] == [1.0, 2.0, 3.0]
 
 
+def test_what_a_rank_has_given_to_a_collective_that_failed_is_its_own_again() -> None:
+    """A thread of the lost rank that had begun the call before completes nothing with what is in the memory now."""
+    comms = local.world(3, kill={})
+    sent = [torch.full((3,), rank) for rank in range(3)]
+    received = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
+    first = comms[0].ialltoall(sent[0], received[0])
+    late = comms[1]._shared.join
+    comms[1].die()
+    with pytest.raises(RankLostError):
+        first.test()
+    sent[0].fill_(9)
+    last = comms[2].ialltoall(sent[2], received[2])
+    late(0, "ialltoall", 1, (sent[1], received[1]), lambda _: pytest.fail("completed"))
+    assert not last.test()
+    assert [each.tolist() for each in received] == [[0] * 3] * 3
+    comms[0].revoke()
+    with pytest.raises(RankLostError):
+        last.test()
+
+
 def test_a_rank_that_is_declared_lost_is_lost() -> None:
     comms = local.world(3, kill={})
     comms[0].check()
