@@ -8,6 +8,7 @@ rank.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -20,6 +21,8 @@ DESCRIPTOR = "SHADOWRUN_RANK_DESCRIPTOR"
 STARTED, ENDED = b"s", b"e"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 PR_SET_PDEATHSIG = 1
+LOOK_S = 0.5
+"""After so long at the latest a signal is passed on that has come right before a call that waits."""
 
 
 def main(program: list[str]) -> int:
@@ -39,7 +42,7 @@ def main(program: list[str]) -> int:
     child = subprocess.Popen(program, env=environ, pass_fds=[writing], preexec_fn=_die_with_parent)
     for each in received:
         child.send_signal(each)
-    code = child.wait()
+    code = _wait(child)
     os.set_blocking(reading, False)
     os.close(writing)
     try:
@@ -47,6 +50,12 @@ def main(program: list[str]) -> int:
     except BlockingIOError:  # a process that the program left behind holds the other end
         said = b""
     return _end(code, said)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(LOOK_S)
 
 
 def _end(code: int, said: bytes) -> int:

@@ -22,6 +22,8 @@ BEGINNING_S = 60.0
 """How long ranks may take from MPI_Init to the import of this package, where one is gone that may not have begun."""
 OVERDUE_S = 10.0
 TERMINATION_S = 2.0
+LOOK_S = 0.5
+"""After so long at the latest a signal is passed on that has come right before a call that waits, or in a thread."""
 
 
 def supervise(
@@ -196,7 +198,10 @@ def _session(leader: int) -> list[int]:
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
     """Return the exit code of `child` when its process group is gone too: mpirun ends its ranks after the shell."""
-    code = child.wait()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = child.wait(LOOK_S)
+            break
     deadline = time.monotonic() + GRACE_S
     while _signal_group(child.pid, 0) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hvd_shadowsync import rank
 from hvd_shadowsync.ending import Endings
 from hvd_shadowsync.launcher import supervision
 
@@ -167,6 +168,38 @@ def test_forwards_signals_to_the_whole_group(executable: Executable, tmp_path: P
     assert supervision.supervise([str(launcher)], dict(os.environ)) == 128 + signal.SIGTERM
     assert time.monotonic() - begun < 20
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+IN_A_THREAD = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from hvd_shadowsync import rank
+from hvd_shadowsync.launcher import supervision
+
+def tell():
+    while not Path(sys.argv[1]).exists():
+        time.sleep(.02)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=tell, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("runs", "code"),
+    [("supervision.supervise(sys.argv[2:], os.environ)", 128 + signal.SIGTERM), ("rank.main(sys.argv[2:])", 7)],
+    ids=["shadowrun", "what starts a rank"],
+)
+def test_a_signal_that_does_not_interrupt_the_wait_is_passed_on(
+    runs: str, code: int, executable: Executable, tmp_path: Path
+) -> None:
+    """As one that comes right before the call; here it comes to another thread, and is seen between two calls."""
+    up = tmp_path / "up"
+    said = (rank.STARTED + rank.ENDED).decode()
+    begins = f'if [ "${{{rank.DESCRIPTOR}:-}}" ]; then printf {said} >&${rank.DESCRIPTOR}; fi'
+    launcher = executable("bin/launcher", f"{begins}; trap 'exit 7' TERM; touch {up}; while :; do sleep 0.05; done")
+    command = [sys.executable, "-c", f"{IN_A_THREAD}\nsys.exit({runs})", str(up), str(launcher)]
+    assert subprocess.run(command, timeout=60).returncode == code
 
 
 SAVES = "echo 'hvd_shadowsync: a last checkpoint is made at a signal' >&2"
