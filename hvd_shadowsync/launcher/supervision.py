@@ -109,7 +109,10 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
         if child.poll() is None:
             endings.overdue = True
             what = "a spare process that does not end, or for " if endings.spares else ""
-            tell(f"shadowrun: mpirun waits for {what}a host that it cannot reach, and is ended")
+            why = f"waits for {what}a host that it cannot reach"
+            if endings.aborts:
+                why = "outlives the job that a rank has ended (it may not reach a host)"
+            tell(f"shadowrun: mpirun {why}, and is ended")
             _end_session(child)
 
     timers: dict[str, threading.Timer] = {}

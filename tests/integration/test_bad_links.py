@@ -254,4 +254,7 @@ def test_where_no_side_can_go_on_all_ranks_end_and_the_code_is_not_0(
     assert outcome.events("trained") == []
     assert "StallError: the job ends: held up for 3 s (stall_timeout_s) by rank 1 on 10.77.0.2" in outcome.errors
     assert reason in outcome.errors
-    assert "shadowrun: mpirun waits for a host that it cannot reach, and is ended" in outcome.errors
+    assert (
+        "shadowrun: mpirun outlives the job that a rank has ended (it may not reach a host), and is ended"
+        in outcome.errors
+    )

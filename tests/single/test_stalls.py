@@ -201,13 +201,18 @@ def test_the_next_rank_asks_where_the_first_one_is_stopped(caplog: pytest.LogCap
     assert "for rank 0 on host0 (pid 100), which has not answered" in warnings(caplog)[0]
 
 
-def test_a_slow_rank_is_said_to_train_and_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_rank_is_said_to_train_and_how_far_it_is_and_has_come_in_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     ranks = Ranks(2, StallRules(WARNING_S))
     ranks.steps[1] = 7
     ranks.pass_s(3.0)
     ranks.wait(0)
     ranks.pass_s(61.0)
     assert warnings(caplog)[0].endswith("for rank 1 on host0 (pid 101), training, at step 7 since 58 s")
+    ranks.go_on(0)
+    ranks.pass_s(10.0, training=(0, 1))
+    assert warnings(caplog)[1:] == [f"rank 1 on host0 (pid 101) has come; {VOTE} was held up for 62 s"]
 
 
 @pytest.mark.parametrize(
