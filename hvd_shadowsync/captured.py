@@ -48,6 +48,8 @@ class Capture:
         found = {
             id(each.tensor): _part(self._vector, place, each) for place, each in self._places(self._replica.tensors)
         }
+        if any(each.dtype != self._vector.dtype for each in found.values()):  # a view keeps, and saves, all of it
+            found = {each: part.clone() if part.dtype == self._vector.dtype else part for each, part in found.items()}
         start = 0
         for each in self._replica.integers:
             found[id(each.tensor)] = _part(self._integers, slice(start, start + each.numel), each)

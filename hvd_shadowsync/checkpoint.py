@@ -9,7 +9,7 @@ import pickle
 import re
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync,
     state is in the optimizer's part under "shadow_sync", which a plain optimizer passes over.
 
     Tables of a `ShardedEmbeddingBag` in the model go to a folder beside the file, `<path>.<name of the module>`, each
-    rank's rows by itself (`embedding.files`); they are written before the file.
+    rank's rows by itself (`embedding.files`). The file is written before them, gets its name after them, and says under
+    "tables" which save they are of: a kill in between makes no mixture that could be loaded. (`Checkpointer` keeps the
+    earlier ones.)
 
     Args:
         path: the file; written under a temporary name, flushed to disk, then renamed.
@@ -46,14 +48,33 @@ def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync,
     """
     sync.synchronize()
     sync.average_optimizer_state()
-    for name, module in sharded_in(model):
-        files.save(folder_of(path, name), module)
+    tables = sharded_in(model)
+    generations = {name: uuid.uuid4().hex[:12] for name, _ in tables}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+    def write() -> None:
+        require_loadable(extra)
+        shared = {name: value for name, value in model.state_dict().items() if not _is_of_one_rank(value)}
+        content = {"model": shared, "optimizer": sync.optimizer.state_dict(), "extra": extra}
+        _write(temporary, content | ({"tables": generations} if tables else {}))
+
+    try:
+        _on_rank_0(sync, path, write)
+        for name, module in tables:
+            files.save(folder_of(path, name), module, generation=generations[name])
+        _on_rank_0(sync, path, lambda: os.replace(temporary, path))
+    finally:
+        if sync.rank == 0:
+            temporary.unlink(missing_ok=True)
+
+
+def _on_rank_0(sync: ShadowSync, path: Path, task: Callable[[], None]) -> None:
+    """Do `task` there; raise `CheckpointError` on every rank if it failed (collective)."""
     failure = None
     if sync.rank == 0:
         try:
-            require_loadable(extra)
-            shared = {name: value for name, value in model.state_dict().items() if not _is_of_one_rank(value)}
-            _write(Path(path), {"model": shared, "optimizer": sync.optimizer.state_dict(), "extra": extra})
+            task()
         except OSError as error:
             failure = f"{path} cannot be written ({error}); give a folder that exists and has room"
         except CheckpointError as error:
@@ -68,9 +89,10 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
         CheckpointError: a rank cannot read the file, or it does not fit; raised on every rank. Model, optimizer and
             rounds are as they were then (of several `ShardedEmbeddingBag`s some may have been loaded).
     """
-    failure, content, weights, state, rounds = None, {}, {}, {}, None
+    failure, content, weights, state, rounds, generations = None, {}, {}, {}, None, {}
     try:
         content = read(path)
+        generations = dict(content.get("tables", {}))
         state = dict(content["optimizer"])
         rounds = state.pop("shadow_sync", None)
         sync.check_state(rounds)
@@ -83,7 +105,7 @@ def load(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync)
         failure = f"{path} does not fit the model: {error}"
     _raise_everywhere(sync, failure)
     for name, module in sharded_in(model):
-        files.load(folder_of(path, name), module)
+        files.load(folder_of(path, name), module, generation=generations.get(name))
     sync.settle()  # a round that was under way has been merged
     model.load_state_dict(weights)
     sync.optimizer.load_state_dict(state)
@@ -155,7 +177,8 @@ def sharded_in(model: torch.nn.Module) -> list[tuple[str, ShardedEmbeddingBag]]:
 
 def folder_of(path: str | os.PathLike[str], name: str) -> Path:
     """Return where the tables of the module `name` are, beside the file `path`."""
-    return Path(f"{os.fspath(path)}.{name or 'tables'}")
+    part = name.replace("%", "%25").replace("/", "%2F")  # names of modules may have a slash
+    return Path(f"{os.fspath(path)}.{part or 'tables'}")
 
 
 def _is_of_one_rank(value: Any) -> bool:
@@ -176,15 +199,10 @@ def require_loadable(extra: Any) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:  # a link that somebody put there is not followed
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(path, "xb") as file:  # a link that somebody put there is not followed
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _raise_everywhere(sync: ShadowSync, failure: str | None) -> None:

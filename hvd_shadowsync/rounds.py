@@ -386,8 +386,6 @@ class Rounds:
                     copy.add(piece, anchor)
                 stage.add(piece, anchor)
         self._finish_capture(copy if stage.is_whole else None)
-        if not stage.is_whole:
-            self._wanted = self._wanted or copy  # the next round is copied in place of this one
         staged = self._staged(stage.how, Verdict.ROUND, None if stage.how is Merge.ASSIGN else sample)
         staged.still = frozenset(stage.still)
         staged.heals = self._settle_health(stage, counted=weights[self._comm.rank] > 0)
@@ -590,13 +588,17 @@ class Rounds:
             return {**self._remembered(center), "counters": self._metrics.counters()}
 
     def capture(self, wanted: Capture | None) -> None:
-        """Have the next round, or consolidation, copied into `wanted` on its way; None: no longer. Any thread."""
+        """Have the next round, or consolidation, copied into `wanted` on its way; None: no longer. Training thread.
+
+        Where that round breaks off (a rank was lost), or has nothing for some weights, the one after it is copied.
+        """
         self._wanted = wanted
 
     def _begin_capture(self) -> Capture | None:
-        copy, self._wanted = self._wanted, None
-        if copy is not None:
-            copy.begin(self.replica)
+        copy = self._wanted
+        if copy is None or copy.done:
+            return None
+        copy.begin(self.replica)
         return copy
 
     def _finish_capture(self, copy: Capture | None) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,12 @@ logger = logging.getLogger(__name__)
 EVERY_S = 600.0
 EXIT_WAIT_S = 300.0
 EXIT_WAIT_FOR_ROWS_S = 10.0
+WAIT_WARNING_S = 60.0
 
 Folder = str | os.PathLike[str]
+
+_IN_USE: weakref.WeakValueDictionary[str, Checkpointer] = weakref.WeakValueDictionary()
+"""Who writes into a folder, in this process."""
 
 
 class Checkpointer:
@@ -61,8 +66,9 @@ class Checkpointer:
     (`recover_from`): from what this job has written, or loaded with `load_latest`, never from another run's. A
     checkpoint is written under a hidden name and renamed once all of it is on disk, so a kill at any moment leaves the
     earlier ones. A copy with NaN or infinity is not written. What cannot be written, for that or for a full disk or a
-    folder that is missing or read-only, is logged as an error and counted; training goes on, and the next interval
-    tries again, at construction as well.
+    folder that is missing or read-only, or because `extra` raises, is logged as an error and counted; training goes on,
+    and the next interval tries again, at construction as well. Where no round ends for a minute (`pause()`, a network
+    that is away) that is logged: the checkpoint waits.
 
     A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
@@ -79,7 +85,7 @@ class Checkpointer:
 
     Args:
         dir: of this job's checkpoints, on a file system that all ranks see; made where it is missing. What else is in
-            it is never touched.
+            it is never touched. No other open Checkpointer of this process may have it.
         model: whose weights `sync` keeps together.
         sync: the handle, which has no other Checkpointer. Of a model with several optimizers give each its own folder
             and Checkpointer, the last one to step the only one with `end_signals`.
@@ -128,20 +134,26 @@ class Checkpointer:
         for name, module in tables.items():
             if module.recover_from is None:  # a rank may be lost from here on
                 module.recover_from = partial(_newest, self._folder, name, self._others)
-        others = {each.manifest.seal for each in folders.stored_in(self._folder)} if tables and self._writes else set()
+        others = _seals_in(self._folder) if tables and self._writes else set()
         self._job = sync.name()
-        self._others.append(sync.gather(others)[0])
+        known, is_taken = sync.gather((others, self._writes and _is_taken(self._folder)))[0]
+        if is_taken:
+            raise ValueError(f"dir={str(dir)!r} is another Checkpointer's, which is open; give each its own folder")
+        if known is not None:
+            self._others.append(known)
         self._capture: Capture | None = None
+        self._said_that_it_waits = False
         self._told_to_end = self._others_told = self._ending = self._left = False
         self._trouble: str | None = None
         self._begun_at_s = time.monotonic()
         self._begun_at_step: int | None = None
         if self._writes:
+            _IN_USE[os.path.realpath(self._folder)] = self
             self._prepare()
         self._tables = Tables(tables)
+        self._signals = self._listen(numbers)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
-        self._signals = self._listen(numbers)
         sync.end_with(self._end_if_told)
         job.end_otherwise(self._end_if_told)
         hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -165,17 +177,21 @@ class Checkpointer:
         one it was, None if there was none.
 
         Raises:
-            CheckpointError: a rank does not see what rank 0 sees, or the checkpoint does not fit the model; raised on
-                every rank.
+            CheckpointError: the folder is there and cannot be listed, or a rank does not see what rank 0 sees, or the
+                checkpoint does not fit the model; raised on every rank.
         """
         alone = not self._sync.has_joined  # a rank in the place of a lost one looks for itself
-        for stored in self._sync.gather(folders.stored_in(self._folder) if self._writes or alone else [])[0]:
+        found, failure = self._sync.gather(_listed(self._folder) if self._writes or alone else None)[0]
+        if failure is not None:
+            raise CheckpointError(failure)
+        for stored in found:
             if self._is_good(stored):
                 extra = checkpoint.load(stored.path / DENSE, self._model, self._sync)
                 self.loaded = stored.path
                 if self._writes:
                     logger.info("%s was loaded; it goes on from step %d", stored.path, self._sync.steps)
-                self._others[0].discard(stored.manifest.seal)
+                for seals in self._others:
+                    seals.discard(stored.manifest.seal)
                 self._begun_at_s, self._begun_at_step = time.monotonic(), None
                 return extra
         return None
@@ -274,15 +290,27 @@ class Checkpointer:
         if self._capture is not None:
             if self._capture.done:
                 self._hand_over(self._capture)
+            elif not self._said_that_it_waits:
+                self._watch_the_wait()
         elif self._is_due():
             self._begin()
 
     def _is_due(self) -> bool:
-        if self._begun_at_step is None:  # steps before the checkpoint that was loaded count from the first one on
-            self._begun_at_step = self._sync.steps - 1
-        if self._every_steps is not None and self._sync.steps - self._begun_at_step >= self._every_steps:
+        steps = self._sync.steps
+        if self._begun_at_step is None or steps < self._begun_at_step:  # it goes on from what was loaded
+            self._begun_at_step = steps - 1
+        if self._every_steps is not None and steps - self._begun_at_step >= self._every_steps:
             return True
         return self._every_s is not None and time.monotonic() - self._begun_at_s >= self._every_s
+
+    def _watch_the_wait(self) -> None:
+        """Say once of each checkpoint that it is long in coming."""
+        if (waited_s := time.monotonic() - self._begun_at_s) >= WAIT_WARNING_S:
+            self._said_that_it_waits = True
+            logger.warning(
+                "a checkpoint has waited for the end of a round for %.0f s, and there is none meanwhile: are rounds "
+                "paused, or a rank or the network away?", waited_s,
+            )  # fmt: skip
 
     def _count_from_here(self) -> None:
         self._begun_at_s = time.monotonic()
@@ -290,6 +318,7 @@ class Checkpointer:
 
     def _begin(self) -> None:
         self._count_from_here()
+        self._said_that_it_waits = False
         capture = Capture()
         if self._sync.size > 1 and self._sync.capture(capture):
             self._capture = capture
@@ -298,9 +327,13 @@ class Checkpointer:
 
     def _hand_over(self, capture: Capture | None) -> None:
         begun = time.perf_counter()
-        self._capture = None
-        extra = self.extra() if callable(self.extra) else self.extra
-        content = take(self._model, self._sync, capture, extra)
+        self._drop_capture()
+        try:
+            extra = self.extra() if callable(self.extra) else self.extra
+            content = take(self._model, self._sync, capture, extra)
+        except Exception as error:  # the user's, or there is no memory
+            self._writer.note_failure(self._sync.steps, error)
+            return
         self._writer.counters.pause_s = time.perf_counter() - begun
         self._writer.submit(content)
 
@@ -432,12 +465,16 @@ class Checkpointer:
     # --- odds and ends ----------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Make the folder and remove what dead writers left; what fails is tried again with each checkpoint."""
+        """Make the folder and remove what dead writers left; checkpoints try again to make it."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            folders.clear(self._folder)
         except OSError as error:
             logger.error("%s cannot be made (%s); it is tried again with each checkpoint", self._folder, error)
+            return
+        try:
+            folders.clear(self._folder)
+        except CheckpointError as error:
+            logger.error("what earlier jobs left behind stays, as %s", error)
 
     def _is_good(self, stored: Stored) -> bool:
         """Tell whether all files are as they were written; ranks share the reading, each reads the dense file."""
@@ -492,6 +529,29 @@ def _signal_of(number: Any) -> signal.Signals:
     if found in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError(f"end_signals has {number!r}, which no process can wait for; give such as signal.SIGTERM")
     return found
+
+
+def _is_taken(folder: Path) -> bool:
+    """Tell whether a Checkpointer of this process writes there: each would remove what the other has written."""
+    other = _IN_USE.get(os.path.realpath(folder))
+    return other is not None and not other._left
+
+
+def _listed(folder: Path) -> tuple[list[Stored], str | None]:
+    """Return what is in `folder`, or why that is not known."""
+    try:
+        return folders.stored_in(folder), None
+    except CheckpointError as error:
+        return [], str(error)
+
+
+def _seals_in(folder: Path) -> set[str] | None:
+    """Return the seals of all checkpoints in `folder`, None where it cannot be listed."""
+    found, failure = _listed(folder)
+    if failure is None:
+        return {each.manifest.seal for each in found}
+    logger.error("rows of a rank that is lost could not be restored from a checkpoint, as %s", failure)
+    return None
 
 
 def _newest(folder: Path, name: str, others: Sequence[Set[str]]) -> Path | None:

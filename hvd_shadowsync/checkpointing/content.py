@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,18 +91,19 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: _copied(each) for key, each in value.items()}
+        kind: Any = next((each for each in (OrderedDict, Counter) if type(value) is each), dict)
+        return kind({key: _copied(each) for key, each in value.items()})
     if isinstance(value, (list, tuple)):
         return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
     return value
 
 
 def _outline(value: Any) -> Any:
-    """Return `value` with empty tensors."""
-    if isinstance(value, Tensor):
+    """Return `value` with empty tensors; those of other classes as they are."""
+    if type(value) in (Tensor, torch.nn.Parameter):
         return torch.empty(0, dtype=value.dtype)
-    if isinstance(value, dict):
-        return {key: _outline(each) for key, each in value.items()}
+    if type(value) in (dict, OrderedDict):
+        return type(value)({key: _outline(each) for key, each in value.items()})
     if type(value) in (list, tuple):
         return type(value)(map(_outline, value))
     return value

@@ -70,6 +70,8 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no regular file; use another checkpoint")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path} is missing: {folder} is no checkpoint, or none that was completed") from error

@@ -44,7 +44,7 @@ class Tables:
     def __init__(self, modules: dict[str, ShardedEmbeddingBag]) -> None:
         self._modules = modules
         self._answers: dict[str, Done | None] = {}
-        """What there is to say of each folder under way; None once it is said."""
+        """What there is to say to each request, by its generation; None once it is said."""
 
     def __bool__(self) -> bool:
         return bool(self._modules)
@@ -83,17 +83,18 @@ class Tables:
             OSError: this rank could not say so; the next call tries again.
         """
         for path in under_way(folder, job):
-            if path.name not in self._answers and (path / REQUEST).exists():
-                self._answers[path.name] = self._answer_to(path)
-            if (done := self._answers.get(path.name)) is not None:
+            if (generation := _requested_in(path)) is None:
+                continue
+            if generation not in self._answers:
+                self._answers[generation] = self._answer_to(path, generation)
+            if (done := self._answers[generation]) is not None:
                 comm = next(iter(self._modules.values())).group.comm
                 write_whole(path / _name(comm.members[comm.rank]), json.dumps(done).encode())
-                self._answers[path.name] = None
+                self._answers[generation] = None
 
-    def _answer_to(self, path: Path) -> Done:
+    def _answer_to(self, path: Path, generation: str) -> Done:
         groups = self._groups()
         try:
-            generation = json.loads((path / REQUEST).read_bytes())["generation"]
             return self._write_own(path, generation, groups)
         except (OSError, CheckpointError, SafetensorError) as error:
             return {"failure": str(error), "members": _members(groups)}
@@ -130,6 +131,14 @@ class Tables:
 
 def _members(groups: dict[str, Group]) -> dict[str, list[int]]:
     return {name: list(group.comm.members) for name, group in groups.items()}
+
+
+def _requested_in(path: Path) -> str | None:
+    """Return the generation that is asked for; a folder may have the name of an earlier one that a lost rank began."""
+    try:
+        return str(json.loads((path / REQUEST).read_bytes())["generation"])
+    except FileNotFoundError:
+        return None
 
 
 def _name(rank: int) -> str:

@@ -69,6 +69,7 @@ class Writer:
         self._changed = threading.Condition()
         self._content: Content | None = None
         self._attempt, self._closing, self._ended = 0, False, False
+        self._number = -1
         self._thread = threading.Thread(target=self._main, name="checkpointer", daemon=True)
         self._start()
 
@@ -94,7 +95,7 @@ class Writer:
                 self._content = content
                 self._changed.notify_all()
                 return
-        self._note_failure(content, CheckpointError("the thread that writes has ended; its error is above"))
+        self.note_failure(content.step, CheckpointError("the thread that writes has ended; its error is above"))
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Return when nothing is being written any more, or after `timeout_s`; tell which."""
@@ -107,6 +108,16 @@ class Writer:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+
+    def note_failure(self, step: int, error: Exception) -> None:
+        """Log that there is no checkpoint of `step`, and count it."""
+        self.counters.failures += 1
+        self.counters.last_error = str(error) if isinstance(error, CheckpointError) else repr(error)
+        expected = isinstance(error, (OSError, CheckpointError, SafetensorError))
+        logger.error(
+            "no checkpoint of step %d in %s: %s; earlier ones stay",
+            step, self._folder, self.counters.last_error, exc_info=None if expected else error,
+        )  # fmt: skip
 
     # --- the thread's side ------------------------------------------------------------------------------------------
 
@@ -140,24 +151,15 @@ class Writer:
         try:
             path = self._written(content)
         except Exception as error:
-            self._note_failure(content, error)
+            self.note_failure(content.step, error)
             return
         self.counters.written += 1
         self.counters.step, self.counters.last_path = content.step, path
         self.counters.write_s = time.monotonic() - begun
         try:
-            prune(self._folder, self._keep)
+            prune(self._folder, self._keep, self._job, path)
         except Exception:
             logger.exception("earlier checkpoints in %s are not removed; the next one tries again", self._folder)
-
-    def _note_failure(self, content: Content, error: Exception) -> None:
-        self.counters.failures += 1
-        self.counters.last_error = str(error) if isinstance(error, CheckpointError) else repr(error)
-        expected = isinstance(error, (OSError, CheckpointError, SafetensorError))
-        logger.error(
-            "no checkpoint of step %d in %s: %s; earlier ones stay",
-            content.step, self._folder, self.counters.last_error, exc_info=None if expected else error,
-        )  # fmt: skip
 
     def _is_wanted(self) -> bool:
         """Tell whether other ranks' rows are still waited for; whoever waits looks around."""
@@ -176,7 +178,9 @@ class Writer:
             draft.files[DENSE] = file.written
             if self._tables:
                 self._tables.write(draft, self._is_wanted)
-            return draft.complete(self._size)
+            stored = draft.complete(self._size, after=self._number)
+            self._number = stored.manifest.number
+            return stored.path
         except BaseException:
             draft.discard()
             raise

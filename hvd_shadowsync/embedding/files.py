@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,7 +39,7 @@ Folder = str | os.PathLike[str]
 _Described = dict[str, Any]
 
 
-def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
+def save(folder: Folder, module: ShardedEmbeddingBag, *, generation: str | None = None) -> None:
     """Write the tables and their optimizer state; each rank what it holds (collective; training thread).
 
     What an earlier save wrote into `folder` stays valid until all of this one is on disk, and is then removed; a save
@@ -48,33 +49,39 @@ def save(folder: Folder, module: ShardedEmbeddingBag) -> None:
     Args:
         folder: on a file system that all ranks see; for these tables alone. It is made where its parent exists.
         module: the tables.
+        generation: 12 hexadecimal digits that no other save has, as rank 0 gives them; default None, random ones.
 
     Raises:
         CheckpointError: a rank could not write, or rank 0 does not see its files; raised on every rank, names it.
         EmbeddingError: ranks make different calls.
         ShadowSyncError: `module` is closed.
-        TypeError: `module` is something else.
+        TypeError, ValueError: `module` or `generation` is something else.
     """
     _require_module(module)
+    if generation is not None and not re.fullmatch("[0-9a-f]{12}", generation):
+        raise ValueError(f"generation={generation!r} is no name of a save; give 12 hexadecimal digits, or None")
     group = enter(module, "save()")
     folder = Path(folder)
-    generation = agree(module, group, "save(): begun", None, uuid.uuid4().hex[:12])[0]
+    name = agree(module, group, "save(): begun", None, generation or uuid.uuid4().hex[:12])[0]
     try:
-        failure, written = _trying(folder, lambda: write_shards(folder, generation, module, group))
+        failure, written = _trying(folder, lambda: write_shards(folder, name, module, group))
         everyone = agree(module, group, "save(): written", failure, written)
-        if group.comm.rank == 0:
-            failure, _ = _trying(folder, lambda: write_index(folder, generation, module, everyone))
-        agree(module, group, "save(): complete", failure)
     except CheckpointError:  # no rank has replaced the index
-        _remove(folder, lambda found: found == generation)
+        _remove(folder, lambda found: found == name)
         raise
+    unused = False
+    if group.comm.rank == 0:
+        failure, _ = _trying(folder, lambda: write_index(folder, name, module, everyone))
+        unused = failure is not None and _is_of_another(folder, name)
+    if agree(module, group, "save(): with its index", None, unused)[0]:
+        _remove(folder, lambda found: found == name)
+    agree(module, group, "save(): complete", failure)
     leave(module, group)
     if group.comm.rank == 0:
-        flush(folder)
-        _remove(folder, lambda found: found != generation)
+        _remove(folder, lambda found: found != name)
 
 
-def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
+def load(folder: Folder, module: ShardedEmbeddingBag, *, generation: str | None = None) -> None:
     """Read what `save` wrote, at any world size and with any plan; each rank its rows (collective; training thread).
 
     float32 and float64 are converted. State is taken where the optimizer is of the same kind, and begins anew
@@ -82,10 +89,15 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
     in `load_global_state_dict`. Learning rate and other settings stay those of `module`. Replicated tables are ordinary
     parameters: after the first step a `ShadowSync` has to be told of new values (`load_state_dict(None)`).
 
+    Args:
+        folder: of `save`.
+        module: the tables.
+        generation: that of the save that is wanted; default None, whichever is there.
+
     Raises:
-        CheckpointError: a rank finds no checkpoint, or it is damaged, or other than that of the other ranks, or has not
-            just these tables in these sizes; raised on every rank. Index and heads of files are looked at before
-            anything is changed.
+        CheckpointError: a rank finds no checkpoint, or it is damaged, or other than that of the other ranks, or not the
+            wanted one, or has not just these tables in these sizes; raised on every rank. Index and heads of files are
+            looked at before anything is changed.
         EmbeddingError: ranks make different calls.
         ShadowSyncError: `module` is closed.
     """
@@ -93,6 +105,8 @@ def load(folder: Folder, module: ShardedEmbeddingBag) -> None:
     group = enter(module, "load()")
     folder = Path(folder)
     failure, reader = _trying(folder, lambda: Saved(folder).examined(module, group))
+    if reader is not None and generation not in (None, reader.generation):
+        failure = f"{folder} has the tables of another save; it was cut short before the rest was written, or after it"
     generations = agree(module, group, "load(): looked at", failure, reader and reader.generation)
     if others := [rank for rank, each in enumerate(generations) if each != generations[0]]:
         raise CheckpointError(
@@ -265,7 +279,8 @@ def _whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or does no harm
+            temporary.unlink()
 
 
 def files_of(written: list[dict[str, Any]]) -> set[str]:
@@ -297,6 +312,17 @@ def write_index(
     }
     with _whole(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    flush(folder)
+
+
+def _is_of_another(folder: Path, generation: str) -> bool:
+    """Tell whether the index is known not to be that of `generation`; a rename that fails may have been, over NFS."""
+    try:
+        return bool(json.loads((folder / INDEX).read_bytes())["generation"] != generation)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _table_described(index: int, table: EmbeddingTable, everyone: list[list[_Described]]) -> _Described:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ranks_as_threads import (
 
 from hvd_shadowsync import BMUF, Checkpointer, CheckpointError, ElasticAveraging, ModelAveraging, ShadowSync, checkpoint
 from hvd_shadowsync.algorithms import Algorithm
+from hvd_shadowsync.checkpointing import checkpointer as checkpointers
 from hvd_shadowsync.checkpointing import folder as folders
 from hvd_shadowsync.checkpointing import writer as writers
 from hvd_shadowsync.checkpointing.folder import Draft
@@ -760,6 +762,164 @@ def test_earlier_ones_that_cannot_be_removed_are_reported(
 
     on_checkpointers(1, tmp_path, use)
     assert "are not removed" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["of a subclass", "whose extra fails"])
+def test_what_cannot_be_loaded_or_made_does_not_take_the_place_of_a_good_one(fails: bool, tmp_path: Path) -> None:
+    """And training goes on."""
+
+    class Special(torch.Tensor):
+        pass
+
+    def extra() -> Any:
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return torch.zeros(3).as_subclass(Special)
+
+    def use(job: Any) -> Path | None:
+        job.train(1)
+        job.written(1)
+        job.checkpointer.extra = extra
+        job.train(1)
+        job.failed(1)
+        assert ("No space left" if fails else "could not be loaded") in job.checkpointer.last_error
+        assert job.checkpointer.save_now() is None
+        job.checkpointer.extra = None
+        return job.checkpointer.load_latest() or job.checkpointer.loaded
+
+    assert on_checkpointers(1, tmp_path, use, every_steps=1, keep=1) == [tmp_path / "step-1"]
+
+
+def test_counters_of_a_scheduler_come_back_as_what_they_are(tmp_path: Path) -> None:
+    def use(job: Any) -> Any:
+        schedule = torch.optim.lr_scheduler.MultiStepLR(job.optimizer, [2, 5])
+        job.checkpointer.extra = {"schedule": schedule.state_dict()}
+        assert job.checkpointer.save_now() is not None
+        return job.checkpointer.load_latest()["schedule"]["milestones"]
+
+    assert on_checkpointers(1, tmp_path, use) == [Counter([2, 5])]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To begin anew there would remove what earlier runs have written."""
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Any:
+        if path == tmp_path:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    def use(job: Any) -> None:
+        job.train(1)
+        job.checkpointer.save_now()
+        job.comm.allgather_object(None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "iterdir", iterdir)
+            with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be listed .*Stale file handle"):
+                job.checkpointer.load_latest()
+            job.comm.allgather_object(None)
+
+    on_checkpointers(2, tmp_path, use)
+
+
+def test_two_checkpointers_have_two_folders(tmp_path: Path) -> None:
+    def use(job: Any) -> None:
+        model = make_model(job.rank)
+        with ShadowSync(sgd(model), model=model, communicator=job.comm, **FOREGROUND) as sync:
+            with pytest.raises(ValueError, match="is another Checkpointer's, which is open; give each its own folder"):
+                Checkpointer(tmp_path / "below" / "..", model, sync)
+            job.comm.allgather_object(None)
+            job.checkpointer.close()
+            Checkpointer(tmp_path, model, sync).close()
+
+    on_checkpointers(2, tmp_path, use)
+
+
+def test_steps_that_go_back_count_from_there(tmp_path: Path) -> None:
+    def use(job: Any) -> None:
+        job.train(2)
+        checkpoint.save(tmp_path.with_suffix(".pt"), job.model, job.sync)
+        for number, steps in enumerate((8, 10), start=1):
+            job.train(steps)
+            job.written(number)
+        checkpoint.load(tmp_path.with_suffix(".pt"), job.model, job.sync)
+        job.train(10)
+        job.written(3)
+
+    on_checkpointers(1, tmp_path, use, every_steps=10)
+    assert "step-12" in names(tmp_path)
+
+
+def test_a_checkpoint_that_waits_for_long_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpointers, "WAIT_WARNING_S", 0.0)
+
+    def use(job: Any) -> None:
+        job.sync.pause()
+        job.train(6)
+        job.sync.resume()
+        job.sync.synchronize()
+        job.train(1)
+        job.written(1)
+
+    on_checkpointers(2, tmp_path, use, {"foreground": False, "sync_every": 1}, every_steps=2, keep=9)
+    said = [each for each in caplog.messages if "a checkpoint has waited for the end of a round for 0 s" in each]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_checkpoint_is_as_large_as_what_is_in_it(mixed: bool, tmp_path: Path) -> None:
+    """A few weights of full precision among many of half."""
+
+    def program(comm: Communicator) -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(1000, 200, dtype=torch.bfloat16 if mixed else None))
+        model.append(torch.nn.Linear(200, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ShadowSync(optimizer, model=model, communicator=comm, sync_every=1, foreground=True) as sync:
+            checkpointer = Checkpointer(tmp_path, model, sync, every_steps=1)
+            for _ in range(2):
+                for each in model.parameters():
+                    each.grad = torch.zeros_like(each)
+                optimizer.step()
+            checkpointer.close()
+
+    on_ranks(2, program)
+    (written,) = tmp_path.glob("step-*/model.pt")
+    assert written.stat().st_size < (0.45e6 if mixed else 0.85e6)
+
+
+@pytest.mark.parametrize("algorithm", [ModelAveraging(), ElasticAveraging()], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("driver", ["foreground", "background"])
+@pytest.mark.leaves_threads
+def test_when_a_rank_is_lost_in_the_round_that_is_copied_the_next_one_is(
+    driver: str, algorithm: Algorithm, tmp_path: Path
+) -> None:
+    """In each of twenty of its calls."""
+
+    def program(comm: Communicator, folder: Path) -> float:
+        model = make_model(comm.rank)
+        optimizer = sgd(model)
+        with ShadowSync(optimizer, model=model, communicator=comm, algorithm=algorithm, **DRIVERS[driver]) as sync:
+            with Checkpointer(folder, model, sync, every_steps=1, end_signals=()) as checkpointer:
+                at_loss, steps, deadline = None, 0, time.monotonic() + PATIENCE_S
+                while at_loss is None or checkpointer.metrics()["checkpoints"] < at_loss + 3:
+                    assert time.monotonic() < deadline, checkpointer.last_error
+                    train(model, optimizer, 1, stream=comm.rank, first=steps)
+                    steps += 1
+                    time.sleep(0.001)
+                    if at_loss is None and sync.size == 2:
+                        at_loss = checkpointer.metrics()["checkpoints"]
+                    if at_loss is not None and comm.rank != 0:
+                        break
+            return checkpointer.metrics()["checkpoint_failures"]
+
+    for call in range(40, 60):
+        folder = tmp_path / str(call)
+        ended = local.run(3, lambda comm, to=folder: program(comm, to), timeout_s=TIMEOUT_S, kill={2: call})
+        assert ended[:2] == [0, 0]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

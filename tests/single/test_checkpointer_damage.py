@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +39,7 @@ def write(folder: Path, step: int, size: int = 300) -> Path:
         (draft.path / name).parent.mkdir(exist_ok=True)
         (draft.path / name).write_bytes(random.Random(step).randbytes(size))
         draft.files[name] = Written.of(draft.path / name)
-    return draft.complete(2)
+    return draft.complete(2).path
 
 
 @pytest.fixture(scope="module")
@@ -137,26 +141,114 @@ def test_manifests_come_back(scratch: Path, number: int, step: int, size: int, n
 
 
 def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
-    for step in range(1, 5):
+    for step in range(1, 6):
         write(tmp_path, step)
     os.truncate(tmp_path / "step-4" / "model.pt", 5)
-    folders.prune(tmp_path, 2)
-    assert sorted(os.listdir(tmp_path)) == ["step-2", "step-3", "step-4"]
+    folders.prune(tmp_path, 2, JOB, tmp_path / "step-5")
+    assert sorted(os.listdir(tmp_path)) == ["step-3", "step-4", "step-5"]
 
 
-def test_a_kill_while_an_old_one_is_removed_leaves_none_that_looks_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:
+    """Whatever the others' numbers say: they could not be read when it got its own."""
+    for step in range(1, 4):
+        write(tmp_path, step)
+    folders.prune(tmp_path, 1, JOB, tmp_path / "step-1")
+    assert "step-1" in os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["killed", "busy"])
+def test_what_is_cut_short_while_an_old_one_is_removed_looks_like_none_and_is_tried_again(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in range(1, 4):
         write(tmp_path, step)
 
-    def killed(path: Path) -> None:
-        raise KeyboardInterrupt
+    def stopped(path: Path) -> None:
+        (path / "model.pt").unlink()
+        raise KeyboardInterrupt if how == "killed" else OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        folders.prune(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt) if how == "killed" else nullcontext():
+            folders.prune(tmp_path, 2, JOB, tmp_path / "step-3")
     assert [each.path.name for each in folders.stored_in(tmp_path)] == ["step-3", "step-2"]
+    assert len(os.listdir(tmp_path)) == 3
+    if how == "killed":
+        folders.clear(tmp_path)  # the next job
+    else:
+        folders.clear_lost(tmp_path, JOB)  # this one, before its next checkpoint
+    assert sorted(os.listdir(tmp_path)) == ["step-2", "step-3"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS does when a host has just come back: nothing begins anew there, and nothing gets a lower number."""
+    write(tmp_path, 1)
+    draft = Draft(tmp_path, JOB, 2, 2)
+
+    def away(_: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", away)
+        for call in (lambda: Checkpointer.latest(tmp_path), lambda: draft.complete(1), lambda: folders.clear(tmp_path)):
+            with pytest.raises(CheckpointError, match=f"{tmp_path} cannot be listed .*Stale file handle"):
+                call()
+    assert draft.complete(1).manifest.number == 1
+    assert Checkpointer.latest(tmp_path / "nothing") is None
+
+
+def test_a_number_is_above_that_of_the_last_one_though_that_cannot_be_read(tmp_path: Path) -> None:
+    last = Draft(tmp_path, JOB, 1, 1).complete(1, after=5)
+    assert last.manifest.number == 6
+    (last.path / "manifest.json").unlink()
+    assert Draft(tmp_path, JOB, 2, 2).complete(1, after=6).manifest.number == 7
+
+
+def test_one_that_is_removed_while_it_is_read_is_not_the_end_of_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keep=1 the writer removes it when the next one is there."""
+    write(tmp_path, 1)
+    real = manifests.check
+
+    def check(folder: Path, *more: Any) -> None:
+        if folder.name == "step-1":
+            folders.prune(tmp_path, 1, JOB, write(tmp_path, 2))
+        real(folder, *more)
+
+    monkeypatch.setattr(manifests, "check", check)
+    assert Checkpointer.latest(tmp_path) == tmp_path / "step-2"
+
+
+def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".file.tmp").symlink_to(tmp_path / "theirs")
+    folders.write_whole(tmp_path / "file", b"ours")
+    assert [(tmp_path / name).read_text() for name in ("theirs", "file")] == ["theirs", "ours"]
+    (tmp_path / "step-1").mkdir()
+    os.mkfifo(tmp_path / "step-1" / "manifest.json")
+    assert Checkpointer.latest(tmp_path) is None
+
+
+def test_where_names_are_not_on_disk_the_earlier_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss of power the rename may not have been, and the removal may."""
+    real = os.fsync
+    for number in (errno.EIO, errno.EINVAL):
+
+        def fsync(descriptor: int, number: int = number) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+            real(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            if number == errno.EINVAL:  # this file system cannot do it
+                write(tmp_path, number)
+            else:
+                with pytest.raises(OSError, match="Input/output error"):
+                    write(tmp_path, number)
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

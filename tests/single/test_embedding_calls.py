@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+import os
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,16 @@ from embeddings import Problem, make, placements, whole_tables
 from ranks_as_threads import on_ranks
 from torch import Tensor, nn
 
-from hvd_shadowsync import EmbeddingError, ModelAveraging, ReplicaMismatchError, ShadowSync, ShadowSyncError, checkpoint
+from hvd_shadowsync import (
+    Checkpointer,
+    CheckpointError,
+    EmbeddingError,
+    ModelAveraging,
+    ReplicaMismatchError,
+    ShadowSync,
+    ShadowSyncError,
+    checkpoint,
+)
 from hvd_shadowsync.broadcast import broadcast_parameters
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.embedding import (
@@ -859,6 +871,97 @@ def test_a_checkpoint_has_the_tables_beside_it(tmp_path: Path) -> None:
     assert (tmp_path / "model.pt.embedding" / "index.json").exists()
     assert all(torch.equal(each[name], saved[name]) for each in loaded for name in saved)
     assert not any("shards" in name for name in torch.load(path, weights_only=True)["model"])
+
+
+@pytest.mark.parametrize(
+    ("fails", "loads"),
+    [
+        ("extra", "the old one"),
+        ("disk", "the old one"),
+        ("end", "CheckpointError: rank 0: .*has the tables of another save; it was cut short"),
+    ],
+)
+def test_a_save_that_is_cut_short_makes_no_mixture(
+    fails: str, loads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an older model and newer tables."""
+    path = tmp_path / "model.pt"
+    replace_file, sync_file = os.replace, os.fsync
+    armed = threading.Event()
+
+    def replace(source: Any, target: Any) -> None:
+        if fails == "end" and armed.is_set() and target == path:
+            raise OSError(errno.EIO, "Input/output error")
+        replace_file(source, target)
+
+    def fsync(descriptor: int) -> None:
+        if (
+            fails == "disk"
+            and armed.is_set()
+            and "model.pt." in os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]
+        ):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync_file(descriptor)
+
+    def job(comm: Communicator) -> str:
+        model = model_on(comm)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ShadowSync(optimizer, model=model, communicator=comm, sync_every=1) as sync:
+            checkpoint.save(path, model, sync, extra="the old one")
+            before = whole_tables(comm, model.embedding)
+            for step in range(3):
+                optimizer.zero_grad()
+                model(torch.full((2, 2), (step + comm.rank) % 6)).sum().backward()
+                optimizer.step()
+            armed.set()
+            with pytest.raises(CheckpointError):
+                checkpoint.save(path, model, sync, extra=range(3) if fails == "extra" else "the new one")
+            try:
+                found = checkpoint.load(path, model, sync)
+                after = whole_tables(comm, model.embedding)
+                assert all(torch.equal(before[name], after[name]) for name in before)
+            except CheckpointError as error:
+                found = f"CheckpointError: {error}"
+        model.embedding.close()
+        return str(found)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", fsync)
+    for found in on_ranks(2, job):
+        assert re.match(loads, found)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["model.pt", "model.pt.embedding"]
+
+
+def test_modules_may_have_a_slash_in_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+
+    def job(comm: Communicator) -> bool:
+        tables = torch.nn.ModuleDict({name: model_on(comm).embedding for name in ("user/id", "ad/id", "ad%2Fid")})
+        model = torch.nn.ModuleDict({"tables": tables, "top": torch.nn.Linear(2, 1)})
+        optimizer = torch.optim.SGD(model["top"].parameters(), lr=0.1)
+        with ShadowSync(optimizer, model=model["top"], communicator=comm, sync_every=1) as sync:
+            for number, module in enumerate(tables.values()):
+                module.load_global_state_dict({n: torch.full_like(w, number) for n, w in weights_of(comm, module)})
+            checkpoint.save(path, model, sync)
+            checkpointer = Checkpointer(tmp_path / "folder", model, sync)
+            written = checkpointer.save_now()
+            checkpointer.close()
+            found = []
+            for file in (path, written / "model.pt"):
+                for module in tables.values():
+                    module.load_global_state_dict({n: torch.full_like(w, 9) for n, w in weights_of(comm, module)})
+                checkpoint.load(file, model, sync)
+                for number, module in enumerate(tables.values()):
+                    found.append(all(bool((weight == number).all()) for _, weight in weights_of(comm, module)))
+        for module in tables.values():
+            module.close()
+        return all(found)
+
+    assert on_ranks(2, job) == [True, True]
+
+
+def weights_of(comm: Communicator, module: ShardedEmbeddingBag) -> list[tuple[str, Tensor]]:
+    return list(whole_tables(comm, module).items())
 
 
 def test_vectors_without_a_backward_are_let_go_at_once() -> None:

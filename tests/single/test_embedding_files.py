@@ -668,6 +668,30 @@ def test_a_save_that_fails_leaves_the_old_one(fails: str, tmp_path: Path, monkey
     assert same(loaded(tmp_path, 3), expected)
 
 
+def test_an_index_that_is_there_though_the_system_reported_an_error_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS sends a rename again when the answer is lost, and says that there is no such file."""
+    saved(tmp_path, 2)
+    replace_file = os.replace
+
+    def again(source: Path, target: Path) -> None:
+        replace_file(source, target)
+        if "index.json" in str(target):
+            raise OSError(2, "No such file or directory")
+
+    def use(module: ShardedEmbeddingBag) -> Content:
+        train(module, 5)
+        with pytest.raises(CheckpointError, match="No such file"):
+            files.save(tmp_path, module)
+        return content(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", again)
+        expected = on_modules(2, use)[0]
+    assert same(loaded(tmp_path, 2), expected)
+
+
 @pytest.mark.parametrize("dies", ["-00000-", "index.json"])
 def test_a_rank_that_dies_while_it_saves_leaves_the_old_one(
     dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

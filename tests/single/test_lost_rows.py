@@ -26,6 +26,7 @@ from hvd_shadowsync import (
     ShadowSync,
     ShardedEmbeddingBag,
 )
+from hvd_shadowsync.checkpointing import folder as folders
 from hvd_shadowsync.checkpointing import tables
 from hvd_shadowsync.checkpointing.folder import Draft
 from hvd_shadowsync.checkpointing.tables import Tables
@@ -391,12 +392,24 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saves", "loads", "dies_early"),
-    [(False, False, True), (False, False, False), (False, True, False), (True, False, False), (True, True, False)],
+    ("saves", "loads", "dies_early", "listed"),
+    [
+        (False, False, True, True),
+        (False, False, False, True),
+        (False, True, False, True),
+        (True, False, False, True),
+        (True, True, False, True),
+        (False, False, False, False),
+    ],
 )
 @pytest.mark.leaves_threads
-def test_rows_come_from_no_other_runs_checkpoint(saves: bool, loads: bool, dies_early: bool, tmp_path: Path) -> None:
-    """But from one that this run has loaded, or written itself; a rank is lost that has a Checkpointer, or not yet."""
+def test_rows_come_from_no_other_runs_checkpoint(
+    saves: bool, loads: bool, dies_early: bool, listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But from one that this run has loaded, or written itself; a rank is lost that has a Checkpointer, or not yet.
+
+    Nor where it was not known which there were, as the folder could not be listed.
+    """
 
     def program(comm: Communicator, first: bool) -> dict[str, Tensor] | str:
         assert isinstance(comm, local.LocalCommunicator)
@@ -429,6 +442,15 @@ def test_rows_come_from_no_other_runs_checkpoint(saves: bool, loads: bool, dies_
         return found
 
     local.run(3, lambda comm: program(comm, True), timeout_s=TIMEOUT_S, kill={})
+    if not listed:
+        entries, away = folders._entries, iter([True, True])  # what dead writers left is not seen, nor what there is
+
+        def some(folder: Path, pattern: Any) -> list[Path]:
+            if next(away, False):
+                raise CheckpointError(f"{folder} cannot be listed")
+            return entries(folder, pattern)
+
+        monkeypatch.setattr(folders, "_entries", some)
     for ended in local.run(3, lambda comm: program(comm, False), timeout_s=TIMEOUT_S, kill={})[::2]:
         if not (saves or loads):
             assert "no checkpoint has them yet" in ended
@@ -495,6 +517,35 @@ def test_an_answer_that_cannot_be_left_in_the_folder_is_left_at_the_next_look(
         ours.answer(tmp_path, "job")
     assert written == [folder / "bags"]
     assert json.loads((folder / "done-1.json").read_bytes())["members"] == {"bags": [0, 1]}
+
+
+def test_a_draft_with_the_name_of_one_that_a_lost_rank_has_left_is_answered_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next rank that writes counts its attempts anew."""
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    written: list[str] = []
+
+    class Bag:
+        group = SimpleNamespace(comm=SimpleNamespace(members=[0, 1], rank=1))
+
+    def write_shards(_: Path, generation: str, *__: Any, **___: Any) -> list[Any]:
+        written.append(generation)
+        return []
+
+    monkeypatch.setattr(tables, "under_way", lambda *_: [folder])
+    monkeypatch.setattr(files, "write_shards", write_shards)
+    bags: Any = {"bags": Bag()}
+    ours = tables.Tables(bags)
+    ours.answer(tmp_path, "job")  # nothing is asked for yet
+    for generation in ("0123456789ab", "ba9876543210"):
+        (folder / "request.json").write_text(json.dumps({"generation": generation}))
+        for _ in range(2):
+            ours.answer(tmp_path, "job")
+        assert (folder / "done-1.json").exists()
+        (folder / "done-1.json").unlink()
+    assert written == ["0123456789ab", "ba9876543210"]
 
 
 @pytest.mark.leaves_threads
