@@ -48,7 +48,7 @@ from hvd_shadowsync import (  # noqa: E402
     ShadowSync,
     ShardedEmbeddingBag,
 )
-from hvd_shadowsync.checkpointing.folder import Draft  # noqa: E402
+from hvd_shadowsync.checkpointing.folder import Draft, Stored  # noqa: E402
 from hvd_shadowsync.embedding import RowWiseAdagrad  # noqa: E402
 
 ALGORITHMS = {"S-MA": ModelAveraging(), "S-EASGD": ElasticAveraging(), "S-BMUF": BMUF(block_momentum=0.2)}
@@ -178,12 +178,12 @@ def kill_in_write() -> None:
     """Have the first rank of those that are left die when so many checkpoints are about to get their names."""
     fault, complete, seen = SETTINGS["fault"], Draft.complete, []
 
-    def dying(draft: Draft, world_size: int) -> Path:
+    def dying(draft: Draft, *more: int) -> Stored:
         seen.append(1)
         if fault["kind"] == "kill in a write" and len(seen) == fault["write"] and fault["rank"] == RANK:
             say("fails")
             os.kill(os.getpid(), signal.SIGKILL)
-        return complete(draft, world_size)
+        return complete(draft, *more)
 
     Draft.complete = dying  # type: ignore[method-assign]
 

@@ -178,7 +178,7 @@ class Writer:
             draft.files[DENSE] = file.written
             if self._tables:
                 self._tables.write(draft, self._is_wanted)
-            stored = draft.complete(self._size, after=self._number)
+            stored = draft.complete(self._size, self._number)
             self._number = stored.manifest.number
             return stored.path
         except BaseException:
