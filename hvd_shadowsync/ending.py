@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 
 from hvd_shadowsync import rank
 
@@ -33,6 +34,7 @@ ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)(?:; 
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
 TRAINS = re.compile(rb"hvd_shadowsync: training has begun\n")
 SAVES = re.compile(rb"hvd_shadowsync: a last checkpoint is made at a signal\n")
+SAVES_NO_MORE = re.compile(rb"hvd_shadowsync: a last checkpoint is made no more\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
 ABORTS = re.compile(
     rb"^(?:hvd_shadowsync: rank \d+ ends the job: |prterun has exited due to process rank)", re.MULTILINE
@@ -107,22 +109,27 @@ def end_signal() -> signal.Signals | None:
     """Return what `shadowrun` makes of SIGTERM, where it does and nobody else here listens to it."""
     if not os.environ.get(END_SIGNAL_VARIABLE) or threading.current_thread() is not threading.main_thread():
         return None
-    return END_SIGNAL if signal.getsignal(END_SIGNAL) is signal.SIG_DFL else None
+    return END_SIGNAL if signal.getsignal(END_SIGNAL) in (signal.SIG_DFL, let_pass) else None
+
+
+def let_pass(number: int, frame: FrameType | None) -> None:
+    """Do nothing at a signal: unlike SIG_IGN this ends where the process becomes another program."""
 
 
 @contextlib.contextmanager
 def heedless() -> Iterator[None]:
     """Inside, let `END_SIGNAL` pass, with which nothing can be done yet (main thread)."""
+    before = None
     if (number := end_signal()) is not None:
-        signal.signal(number, signal.SIG_IGN)
+        before = signal.signal(number, signal.SIG_IGN)
     yield
     if number is not None:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, before)
 
 
-def note_last_checkpoint() -> None:
-    """Let `shadowrun` know that this job makes a last checkpoint at `END_SIGNAL`."""
-    tell("hvd_shadowsync: a last checkpoint is made at a signal")
+def note_last_checkpoint(made: bool = True) -> None:
+    """Let `shadowrun` know that this rank sees to a last checkpoint at `END_SIGNAL`, or no more."""
+    tell(f"hvd_shadowsync: a last checkpoint is made {'at a signal' if made else 'no more'}")
 
 
 def end_well() -> None:
@@ -148,9 +155,11 @@ def _end(pid: int) -> None:
 
 
 def _say(what: bytes) -> None:
-    if descriptor := os.environ.get(rank.DESCRIPTOR):
-        with contextlib.suppress(OSError, ValueError):  # another's, after an exec
-            os.write(int(descriptor), what)
+    """Tell what has started this process, unless something between the two has closed the pipe."""
+    number, _, inode = os.environ.get(rank.DESCRIPTOR, "").partition(":")
+    with contextlib.suppress(OSError, ValueError):
+        if os.fstat(int(number)).st_ino == int(inode):  # else it is something else's by now
+            os.write(int(number), what)
 
 
 @dataclass
@@ -161,7 +170,7 @@ class Endings:
         ended, lost, replaced, begun: by rank of the job; `lost` has those that were replaced as well.
         never_began: a rank that had not begun, and its code.
         trains: whether one has come to its first training step.
-        saves: whether the job makes a last checkpoint at `END_SIGNAL`.
+        savers: how many see to a last checkpoint at `END_SIGNAL`.
         aborts: whether one has ended the job.
         host_away: whether the launcher has ended the job as it cannot reach a host.
         overdue: whether the launcher had to be ended, when it had nothing left to wait for.
@@ -176,13 +185,18 @@ class Endings:
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
     trains: bool = False
-    saves: bool = False
+    savers: int = 0
     aborts: bool = False
     host_away: bool = False
     overdue: bool = False
     size: int = 0
     spares: int = 0
     begun_file: str = ""
+
+    @property
+    def saves(self) -> bool:
+        """Whether the job makes a last checkpoint at `END_SIGNAL`."""
+        return self.savers > 0
 
     @property
     def are_all(self) -> bool:
@@ -205,7 +219,7 @@ class Endings:
         for number, code in NEVER_BEGAN.findall(text):
             self.never_began = self.never_began or (int(number), int(code))
         self.trains = self.trains or TRAINS.search(text) is not None
-        self.saves = self.saves or SAVES.search(text) is not None
-        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS, SAVES, STRAY):
+        self.savers += len(SAVES.findall(text)) - len(SAVES_NO_MORE.findall(text))
+        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS, SAVES, SAVES_NO_MORE, STRAY):
             text = pattern.sub(b"", text)
         return text

@@ -17,7 +17,8 @@ import sys
 from types import FrameType
 
 DESCRIPTOR = "SHADOWRUN_RANK_DESCRIPTOR"
-"""Where the program writes `STARTED` once MPI is initialised, and `ENDED` when the interpreter ends as it should."""
+"""Where the program writes `STARTED` once MPI is initialised, and `ENDED` when the interpreter ends as it should: the
+number of a descriptor, a colon, and the inode that it is of."""
 STARTED, ENDED = b"s", b"e"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 PR_SET_PDEATHSIG = 1
@@ -38,7 +39,7 @@ def main(program: list[str]) -> int:
 
     for number in FORWARDED:
         signal.signal(number, forward)
-    environ = {**os.environ, DESCRIPTOR: str(writing)}
+    environ = {**os.environ, DESCRIPTOR: f"{writing}:{os.fstat(writing).st_ino}"}
     child = subprocess.Popen(program, env=environ, pass_fds=[writing], preexec_fn=_die_with_parent)
     for each in received:
         child.send_signal(each)

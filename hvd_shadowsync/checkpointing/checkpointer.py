@@ -73,8 +73,9 @@ class Checkpointer:
     A signal to end (SIGTERM, from batch systems) on any rank makes all ranks come together at the end of their steps,
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
     `SystemExit` raised, with code 0, or 1 where it could not be written. So it is if all processes get the signal and a
-    DataLoader then raises that its workers are dead, unless the script deals with that. Where rank 0 is through with
-    its steps no last one is written; ranks that wait in `close()` wait on. To a whole job send it by `shadowrun`, which
+    DataLoader then raises that its workers are dead, unless the script deals with that. Where rank 0 has not trained
+    since this was made, or a checkpoint loaded, none is needed, nor written. Where it is through with its steps none is
+    written either; ranks that wait in the handle's `close()` wait on. To a whole job send it by `shadowrun`, which
     has Open MPI pass it on as SIGUSR2 (but with `--emulated`, `--horovod`, from a terminal, or where the program has
     another handler for that); at the second SIGTERM the job ends without. Open MPI's own mpirun, if it gets SIGTERM,
     passes it on and kills the ranks a quarter of a second later: have the ranks signalled (Slurm's srun does that), or
@@ -154,6 +155,7 @@ class Checkpointer:
         self._signals = self._listen(numbers)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
+        self._began_with, self._is_new = self._progress(), True
         sync.end_with(self._end_if_told)
         job.end_otherwise(self._end_if_told)
         hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -164,7 +166,8 @@ class Checkpointer:
         """Listen to the signals, and where `shadowrun` passes SIGTERM on as another one, to that as well."""
         another = ending.end_signal() if signal.SIGTERM in numbers else None
         signals = EndSignals(numbers if another is None else [*numbers, another], for_ranks=another)
-        if another in signals.numbers and self._writes:
+        self._sees_to_the_last = another in signals.numbers and self._writes
+        if self._sees_to_the_last:
             ending.note_last_checkpoint()
         return signals
 
@@ -193,6 +196,7 @@ class Checkpointer:
                 for seals in self._others:
                     seals.discard(stored.manifest.seal)
                 self._begun_at_s, self._begun_at_step = time.monotonic(), None
+                self._began_with = self._progress()
                 return extra
         return None
 
@@ -375,6 +379,7 @@ class Checkpointer:
             "rank %d was told to end at step %d, and tries to make a last checkpoint", self._sync.rank, self._sync.steps
         )
         self._drop_capture()
+        self._is_new = self._progress() != self._began_with
         written = self._write_last()
         self._leave()
         raise SystemExit(0 if written else 1)
@@ -398,12 +403,18 @@ class Checkpointer:
         present = self._sync.end()
         while True:
             writes = present[0] == self._sync.number
-            path = self._write_live() if writes else None
+            path = self._write_live() if writes and self._is_new else None
             if path is not None:
                 logger.warning("%s is the last checkpoint", path)
+            elif writes and not self._is_new:
+                logger.warning("no last checkpoint is needed: this rank has not trained since the last one was loaded")
             first, present = present[0], self._sync.end()
             if present[0] == first:
-                return path is not None or not writes
+                return path is not None or not (writes and self._is_new)
+
+    def _progress(self) -> tuple[int, float]:
+        """Return how many steps this rank has taken, and rounds: where it has no data, others may have trained."""
+        return self._sync.steps, self._sync.metrics()["rounds"]
 
     def _tell_to_end(self) -> None:
         """Let the others know, where only this rank got the signal; they look for this file."""
@@ -449,6 +460,9 @@ class Checkpointer:
         self._hook.remove()
         self._sync.end_with(None)
         job.end_as_ever(self._end_if_told)
+        if self._sees_to_the_last:
+            self._sees_to_the_last = False
+            ending.note_last_checkpoint(made=False)
         self._signals.restore()
 
     def _close_at_exit(self) -> None:

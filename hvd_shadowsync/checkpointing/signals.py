@@ -13,6 +13,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from hvd_shadowsync.ending import let_pass
+
 logger = logging.getLogger(__name__)
 
 ONE_BY_ONE_S = 5.0
@@ -32,7 +34,8 @@ class EndSignals:
 
     Args:
         numbers: which signals.
-        for_ranks: one of them that is meant for ranks alone: children let it pass.
+        for_ranks: one of them that is meant for ranks alone: children let it pass, and this process when it listens no
+            more, as other ranks may.
     """
 
     def __init__(self, numbers: Iterable[signal.Signals], for_ranks: signal.Signals | None = None) -> None:
@@ -86,26 +89,20 @@ class EndSignals:
         while self._before:
             number, before = self._before.popitem()
             if signal.getsignal(number) == self._note:
-                signal.signal(number, signal.SIG_DFL if before is None else before)
+                ranks_own = number == self._for_ranks and before is signal.SIG_DFL
+                signal.signal(number, let_pass if ranks_own else signal.SIG_DFL if before is None else before)
 
     def forget(self) -> None:
         """Leave the signals alone in this process, which was forked from the one that listens."""
-        passes = self._for_ranks in self._before
         self._restore()
         if self._of_children is not None and signal.getsignal(signal.SIGCHLD) == self._note_child:
             signal.signal(signal.SIGCHLD, self._of_children)
-        if passes and self._for_ranks is not None and signal.getsignal(self._for_ranks) is signal.SIG_DFL:
-            signal.signal(self._for_ranks, _let_pass)
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _let_pass(number: int, frame: FrameType | None) -> None:
-    """Do nothing: unlike SIG_IGN this ends where the process becomes another program."""
 
 
 _LISTENING: list[weakref.ref[EndSignals]] = []

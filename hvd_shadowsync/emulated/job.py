@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from hvd_shadowsync.emulated.namespaces import (
     leave_all,
     make_host,
     mount_own,
+    pass_on,
     places,
     waited_for,
 )
@@ -130,7 +132,7 @@ def told_by(body: Callable[[int], int]) -> int:
     """
     ready, told = os.pipe()
     child = telling(body, told)
-    previous = {each: signal.signal(each, lambda number, _: os.kill(child, number)) for each in FORWARDED_SIGNALS}
+    previous = {each: signal.signal(each, lambda number, _: pass_on(child, number)) for each in FORWARDED_SIGNALS}
     try:
         with os.fdopen(ready, encoding="utf-8") as said:
             failure = said.read()
@@ -258,7 +260,8 @@ def _start(command: Sequence[str], environ: Mapping[str, str], place: HostPlace)
 def _signal(processes: Sequence[subprocess.Popen[Any]], number: int) -> None:
     for process in processes:
         if process.returncode is None:
-            os.killpg(process.pid, number)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
 
 def _ended(processes: Sequence[subprocess.Popen[Any]], lines: Mapping[int, str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -139,9 +140,15 @@ def ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
+def pass_on(pid: int, number: int) -> None:
+    """Signal a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 def waited_for(child: int) -> int:
     """Pass signals on to a child, and return its exit code."""
-    previous = {each: signal.signal(each, lambda number, _: os.kill(child, number)) for each in FORWARDED_SIGNALS}
+    previous = {each: signal.signal(each, lambda number, _: pass_on(child, number)) for each in FORWARDED_SIGNALS}
     try:
         return exit_code(os.waitpid(child, 0)[1])
     finally:

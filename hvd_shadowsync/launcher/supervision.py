@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import queue
+import select
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hvd_shadowsync.emulated.namespaces import PR_SET_PDEATHSIG, call
 from hvd_shadowsync.ending import END_SIGNAL, MARKS, Endings, tell
 from hvd_shadowsync.launcher.command import FORWARDED_SIGNALS
 
+GUARD = 'read -r group && { read -r _; kill -s TERM -- "-$group"; sleep 2; kill -s KILL -- "-$group"; }'
+"""A shell's program: is told a process group, and ends it when shadowrun is gone, unless that has ended it before."""
+HELD_PIECES = 1024
+"""So much of the job's stderr, in pieces of up to 64 KiB, is held for whoever reads it late."""
 GRACE_S = 10.0
 LOST_CODE = 3
 BEGINNING_S = 60.0
 """How long ranks may take from MPI_Init to the import of this package, where one is gone that may not have begun."""
 OVERDUE_S = 10.0
 TERMINATION_S = 2.0
+ENDING_S = 30.0
+"""How long a job may take to end after a signal that asks it to; mpirun itself may wait for ever, for ssh say."""
 LOOK_S = 0.5
 """After so long at the latest a signal is passed on that has come right before a call that waits, or in a thread."""
 
@@ -40,14 +47,16 @@ def supervise(
 
     horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
     After a signal the code is that signal's, unless ranks have made a last checkpoint: MPICH's mpirun exits with 0, and
-    Open MPI's with 1.
+    Open MPI's with 1. What has not ended `ENDING_S` later is killed. Signals that are ignored here (nohup) stay so.
     """
     received = [] if received is None else received
     child: subprocess.Popen[bytes] | None = None
+    guard: subprocess.Popen[bytes] | None = None
     saves = False
+    told_at = math.inf
 
     def forward(number: int, _: object) -> None:
-        nonlocal saves
+        nonlocal saves, told_at
         received.append(number)
         if child is None:
             return
@@ -56,24 +65,30 @@ def supervise(
             child.send_signal(END_SIGNAL)
         else:
             _signal_group(child.pid, number)
+            told_at = min(told_at, time.monotonic())
 
-    previous = {each: signal.signal(each, forward) for each in FORWARDED_SIGNALS}
+    wanted = [each for each in FORWARDED_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    previous = {each: signal.signal(each, forward) for each in wanted}
     try:
         stderr = None if endings is None else subprocess.PIPE
-        child = subprocess.Popen(
-            command, env=environ, start_new_session=True, stderr=stderr, preexec_fn=_terminate_with_parent
-        )
+        guard = _guard()
+        child = subprocess.Popen(command, env=environ, start_new_session=True, stderr=stderr)
+        _tell_guard(guard, child.pid)
         for number in received:
             _signal_group(child.pid, number)
+            told_at = time.monotonic()
         if endings is not None:
-            copying = threading.Thread(target=_pass_on, args=(child, endings), name="shadowrun-stderr", daemon=True)
-            copying.start()
-        code = _wait(child)
+            stderr_of = _Stderr(child, endings)
+        code = _wait(child, is_late=lambda: time.monotonic() - told_at >= ENDING_S)
+        if received or not 0 <= code <= 128:  # mpirun was killed: ranks are no children of its, nor in its group
+            _end_rest(child.pid)
         if endings is not None:
-            copying.join(GRACE_S)  # what is left there; another process may keep the pipe open
+            stderr_of.close(received)
             if endings.aborts:
                 _end_rest(child.pid)
     finally:
+        if guard is not None:
+            _dismiss(guard)
         for each, handler in previous.items():
             signal.signal(each, handler)
     if received and not saves:
@@ -85,14 +100,64 @@ def supervise(
     return 128 - code if code < 0 else code
 
 
-def _terminate_with_parent() -> None:
-    """Have this process get SIGTERM when its parent ends, where the system can."""
-    if sys.platform.startswith("linux"):
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+def _guard() -> subprocess.Popen[bytes]:
+    """Start what ends a process group when this process ends, however that is.
+
+    Not the kernel's word of a parent's end, which comes to the child alone: horovodrun becomes a shell, of which mpirun
+    is a child.
+    """
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(
+        ["/bin/sh", "-c", GUARD], stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True
+    )
 
 
-def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
-    """Copy the child's stderr until it ends.
+def _tell_guard(guard: subprocess.Popen[bytes], group: int) -> None:
+    assert guard.stdin is not None, "it is a pipe"
+    with contextlib.suppress(OSError):
+        guard.stdin.write(b"%d\n" % group)
+        guard.stdin.flush()
+
+
+def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    guard.kill()
+    with contextlib.suppress(OSError), guard:
+        pass
+
+
+class _Stderr:
+    """Copies the child's stderr, takes note of what is said there, and shows the rest.
+
+    Two threads: whoever reads shadowrun's stderr late does not keep it from hearing of ranks' ends.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes], endings: Endings) -> None:
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(HELD_PIECES)
+        self._reads = threading.Thread(target=self._read, args=(child, endings), name="shadowrun-stderr", daemon=True)
+        self._shows = threading.Thread(target=self._show, name="shadowrun-shows", daemon=True)
+        self._reads.start()
+        self._shows.start()
+
+    def close(self, received: Sequence[int]) -> None:
+        """Wait for what is left there, but not for other processes that keep it open, nor after another signal."""
+        signals = len(received)
+        self._reads.join(GRACE_S)
+        while self._shows.is_alive() and not self._reads.is_alive() and len(received) == signals:
+            self._shows.join(LOOK_S)
+
+    def _read(self, child: subprocess.Popen[bytes], endings: Endings) -> None:
+        try:
+            _pass_on(child, endings, self._pieces.put)
+        finally:
+            self._pieces.put(None)
+
+    def _show(self) -> None:
+        while (text := self._pieces.get()) is not None:
+            _show(text)
+
+
+def _pass_on(child: subprocess.Popen[bytes], endings: Endings, show: Callable[[bytes], None]) -> None:
+    """Read the child's stderr until it ends.
 
     Where a rank has ended before it had begun, and none is heard to begin for a minute, the others wait for it in
     MPI_Init: the job is ended then. A shorter time would take slow imports, of all ranks at once, for that. Where all
@@ -116,10 +181,13 @@ def _pass_on(child: subprocess.Popen[bytes], endings: Endings) -> None:
             _end_session(child)
 
     timers: dict[str, threading.Timer] = {}
+    touched = not endings.begun_file
     for text in _pieces(child.stderr.fileno()):
-        _show(endings.without(text))
-        if endings.begun and endings.begun_file:
-            Path(endings.begun_file).touch()
+        show(endings.without(text))
+        if endings.begun and not touched:
+            touched = True
+            with contextlib.suppress(OSError):  # nobody but agents would know, and they have time-outs
+                Path(endings.begun_file).touch()
         if endings.never_began is not None and "begun" not in timers:
             timers["begun"] = threading.Timer(BEGINNING_S, end_unless_begun)
             timers["begun"].start()
@@ -135,7 +203,10 @@ def _show(text: bytes) -> None:
     """Write to stderr; what cannot be written there (a full disk) is dropped, as ranks' ends have to be heard on."""
     with contextlib.suppress(OSError):
         while text:
-            text = text[os.write(2, text) :]
+            try:
+                text = text[os.write(2, text) :]
+            except BlockingIOError:
+                select.select([], [2], [])
 
 
 def _pieces(descriptor: int) -> Iterator[bytes]:
@@ -194,17 +265,20 @@ def _session(leader: int) -> list[int]:
             fields = file.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if fields[3] == str(leader):
+        if fields[3] == str(leader) and fields[0] != "Z":
             found.append(int(file.parent.name))
     return found
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
+def _wait(child: subprocess.Popen[bytes], is_late: Callable[[], bool]) -> int:
     """Return the exit code of `child` when its process group is gone too: mpirun ends its ranks after the shell."""
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = child.wait(LOOK_S)
             break
+        if is_late():
+            tell(f"shadowrun: the job has not ended {ENDING_S:.0f} s after the signal, and is killed")
+            _end_session(child)
     deadline = time.monotonic() + GRACE_S
     while _signal_group(child.pid, 0) and time.monotonic() < deadline:
         time.sleep(0.05)

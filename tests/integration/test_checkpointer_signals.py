@@ -161,6 +161,17 @@ def test_sigterm_of_shadowrun_makes_a_last_checkpoint_and_a_clean_exit(options: 
     assert "started again" not in outcome.errors
 
 
+@pytest.mark.usefixtures("_open_mpi")
+def test_a_rank_that_has_closed_its_checkpointer_and_waits_for_others_does_not_die_of_it(tmp_path: Path) -> None:
+    def during(job: Job) -> None:
+        job.await_event("trains", ranks=1)
+        job.send(signal.SIGTERM)
+
+    outcome = run_case("one_is_through", tmp_path, during, start=shadowrun(2)).require_success()
+    assert Checkpointer.latest(tmp_path / "checkpoints") is not None
+    assert "is the last checkpoint" in outcome.errors
+
+
 def test_if_the_writer_of_the_last_checkpoint_is_killed_the_next_rank_writes_it(tmp_path: Path) -> None:
     start = shadowrun(3, "--fault-tolerant")
     outcome = run_case("writer_is_killed", tmp_path, tell_shadowrun(3), start=start).require_success()

@@ -1050,6 +1050,32 @@ def test_a_last_checkpoint_of_some_of_the_jobs_ranks(tmp_path: Path) -> None:
     assert Checkpointer.latest(tmp_path) == tmp_path / "step-1"
 
 
+@pytest.mark.parametrize("loads", [True, False])
+@pytest.mark.parametrize("size", [1, 2])
+def test_without_training_there_is_no_last_checkpoint(
+    size: int, loads: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be the newest, of the weights that the job has begun with."""
+
+    def first(job: Any) -> None:
+        job.train(4)
+        job.checkpointer.save_now()
+
+    def second(job: Any) -> int | None:
+        if loads:
+            job.checkpointer.load_latest()
+        job.checkpointer.stop()
+        with pytest.raises(SystemExit) as ended:
+            job.checkpointer._end_if_told()
+        return ended.value.code
+
+    on_checkpointers(size, tmp_path, first)
+    with caplog.at_level(logging.WARNING):
+        assert on_checkpointers(size, tmp_path, second) == [0] * size
+    assert [each for each in names(tmp_path) if not each.startswith(".stop-")] == ["step-4"]
+    assert "no last checkpoint is needed" in caplog.text
+
+
 @pytest.mark.parametrize("foreground", [True, False])
 @pytest.mark.leaves_threads
 def test_if_the_rank_that_saves_now_is_lost_the_next_one_saves(

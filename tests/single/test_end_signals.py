@@ -76,6 +76,25 @@ print(child.exitcode == -signal.SIGUSR2)
     assert run(program) == "3\nTrue\n"
 
 
+def test_a_signal_for_ranks_passes_by_who_listens_no_more() -> None:
+    """Other ranks may listen still; and one that listens anew does."""
+    program = """
+from hvd_shadowsync import ending
+os.environ[ending.END_SIGNAL_VARIABLE] = "1"
+for _ in range(2):
+    number = ending.end_signal()
+    signals = EndSignals([signal.SIGTERM, number], for_ranks=number)
+    os.kill(os.getpid(), number)
+    print(signals.came)
+    signals.restore()
+    os.kill(os.getpid(), number)
+with ending.heedless():
+    os.kill(os.getpid(), number)
+print(ending.end_signal() == number, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+    assert run(program) == "True\nTrue\nTrue True\n"
+
+
 def test_after_one_has_come_the_death_of_children_raises_nothing() -> None:
     program = """
 def raises(*_):

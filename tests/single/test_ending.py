@@ -15,7 +15,7 @@ from hvd_shadowsync import ending, rank
 from hvd_shadowsync.ending import Endings
 from hvd_shadowsync.launcher import supervision
 
-SAY = f"import os; os.write(int(os.environ[{rank.DESCRIPTOR!r}]), b%r); "
+SAY = f"import os; os.write(int(os.environ[{rank.DESCRIPTOR!r}].partition(':')[0]), b%r); "
 STARTED, ENDED = SAY % rank.STARTED.decode(), SAY % rank.ENDED.decode()
 TIMEOUT_S = 60
 
@@ -47,6 +47,25 @@ def test_a_rank_ends_as_its_program_or_such_that_others_notice(program: str, cod
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == code
     assert errors == (f"hvd_shadowsync: rank 2 ended before it had begun; {said}\n" if said else "")
+
+
+def test_another_file_with_the_number_of_the_pipe_is_left_alone(tmp_path: Path) -> None:
+    """As where something between the two has closed all descriptors, as Python's subprocess does."""
+    program = f"""
+import os
+from hvd_shadowsync import ending, rank
+number = int(os.environ[rank.DESCRIPTOR].partition(":")[0])
+ending._say(rank.STARTED)
+os.close(number)
+ending._say(b"!")  # there is none
+theirs = os.open({str(tmp_path / "theirs")!r}, os.O_CREAT | os.O_WRONLY)
+os.dup2(theirs, number)
+ending._say(b"!")
+"""
+    process = start(program)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, errors) == (-signal.SIGKILL, ""), "it has said that it began, and not that it ended"
+    assert (tmp_path / "theirs").read_bytes() == b""
 
 
 def test_what_a_program_leaves_behind_holds_nobody_up() -> None:

@@ -85,6 +85,28 @@ def with_default_signals(folder: str) -> None:
     trains(folder, signals=(signal.SIGTERM,))
 
 
+def one_is_through(folder: str) -> None:
+    """The last rank has less data, closes its Checkpointer and waits in the handle's close()."""
+    model = make_model(ranks.RANK)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = Data(ranks.RANK)
+    deadline = time.monotonic() + 60
+    with (
+        ShadowSync(optimizer, model=model, sync_every=2) as sync,
+        Checkpointer(folder, model, sync, every_steps=100_000) as checkpointer,
+    ):
+        checkpointer.load_latest()
+        while time.monotonic() < deadline:
+            optimizer.zero_grad()
+            loss_of(model, data.batch()).backward()
+            optimizer.step()
+            time.sleep(0.001)
+            if ranks.RANK == LAST and sync.steps == 20:
+                break
+            if ranks.RANK == 0 and sync.steps == 200:
+                ranks.say("trains", "on", str(checkpointer.loaded))
+
+
 def writer_is_killed(folder: str) -> None:
     """Rank 0 is killed while it writes the last checkpoint."""
     if ranks.RANK == 0:

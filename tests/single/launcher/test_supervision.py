@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,11 +65,12 @@ def test_a_launcher_that_has_nothing_left_to_wait_for_is_ended(
                 time.sleep(0.02)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's end")
-def test_a_launcher_ends_with_shadowrun(executable: Executable, tmp_path: Path) -> None:
-    launcher = executable(
-        "bin/launcher", f"trap 'touch {tmp_path}/told; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+@pytest.mark.parametrize("through", ["", "sh -c "], ids=["at once", "by way of a shell"])
+def test_a_launcher_ends_with_shadowrun(through: str, executable: Executable, tmp_path: Path) -> None:
+    mpirun = executable(
+        "bin/mpirun", f"trap 'touch {tmp_path}/told; exit 0' TERM; echo up; while :; do sleep 0.05; done"
     )
+    launcher = executable("bin/launcher", f"{'exec ' if not through else ''}{through}{mpirun}; exit 1")
     program = f"from hvd_shadowsync.launcher import supervision; supervision.supervise([{str(launcher)!r}], {{}})"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -150,6 +152,110 @@ def test_a_job_that_a_rank_has_ended_has_failed_and_leaves_no_rank_whatever_its_
     until(lambda: not Path(f"/proc/{left}").exists() or ") Z " in Path(f"/proc/{left}/stat").read_text())
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells which processes there are")
+@pytest.mark.parametrize("endings", [None, Endings(size=2)], ids=["plain", "heard"])
+def test_a_launcher_that_is_killed_leaves_no_rank(
+    endings: Endings | None, executable: Executable, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nor do they run beside those of a restart. They are in groups of their own."""
+    rank = "import os, time; os.setpgid(0, 0); print(os.getpid(), flush=True); time.sleep(99)"
+    launcher = executable("bin/launcher", f"{sys.executable} -c '{rank}' & sleep 1; kill -KILL $$")
+    assert supervision.supervise([str(launcher)], dict(os.environ), endings) == 128 + signal.SIGKILL
+    left = int(capfd.readouterr().out)
+    until(lambda: not Path(f"/proc/{left}").exists() or ") Z " in Path(f"/proc/{left}/stat").read_text())
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_launcher_that_does_not_end_at_a_signal_is_killed(
+    saves: bool, executable: Executable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Open MPI's waits for ever where it gets one while it starts its daemons. A last checkpoint has all its time."""
+    monkeypatch.setattr(supervision, "ENDING_S", 0.3)
+    monkeypatch.setattr(supervision, "TERMINATION_S", 0.2)
+    traps = f"trap '' TERM; trap 'echo >> {tmp_path}/got' USR2"
+    launcher = executable(
+        "bin/launcher", f"{traps}; {SAVES if saves else ''}\ntouch {tmp_path}/up; while :; do sleep 0.05; done"
+    )
+    endings = Endings(size=2)
+    sent: list[float] = []
+
+    def tell() -> None:
+        until(lambda: (tmp_path / "up").exists() and endings.saves == saves)
+        for _ in range(2 if saves else 1):
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+            if saves and len(sent) == 1:
+                until(lambda: (tmp_path / "got").exists())
+                time.sleep(1.0)
+
+    threading.Thread(target=tell, daemon=True).start()
+    code = supervision.supervise([str(launcher)], dict(os.environ), endings)
+    assert code == (128 + signal.SIGKILL if saves else 128 + signal.SIGTERM)
+    assert len(sent) == (2 if saves else 1)
+    assert "the job has not ended 0 s after the signal, and is killed" in capfd.readouterr().err
+
+
+def test_signals_that_are_ignored_stay_so(executable: Executable, tmp_path: Path) -> None:
+    """As nohup has it."""
+    launcher = executable("bin/launcher", f"touch {tmp_path}/up; sleep 1; exit 7")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def hang_up() -> None:
+        until(lambda: (tmp_path / "up").exists())
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    try:
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        assert supervision.supervise([str(launcher)], dict(os.environ)) == 7
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        thread.join(20)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ends_are_heard_where_nobody_can_be_told_of_the_beginning(executable: Executable, tmp_path: Path) -> None:
+    begins = "echo 'hvd_shadowsync: rank 0 has begun' >&2"
+    launcher = executable("bin/launcher", f"{begins}; sleep 0.2; {LEAVES} exit 0")
+    endings = Endings(size=2, begun_file=str(tmp_path / "removed" / "begun"))
+    assert supervision.supervise([str(launcher)], dict(os.environ), endings) == 0
+    assert (endings.begun, endings.ended) == ({0}, {0})
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["is read late", "does not wait"])
+def test_ends_are_heard_at_once_and_nothing_is_dropped_where_stderr(
+    waits: bool, executable: Executable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of shadowrun is a pipe that somebody reads late, or that whoever has made it has set to return at once."""
+    monkeypatch.setattr(supervision, "GRACE_S", 0.3)
+    line = "x" * 199
+    writes = f"{sys.executable} -c 'import sys; sys.stderr.write((\"{line}\\n\") * 2000)'"
+    launcher = executable("bin/launcher", f"{writes}; {LEAVES} exit 0")
+    endings = Endings(size=2)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, waits)
+    found: list[bytes] = []
+
+    def read() -> None:
+        until(lambda: endings.ended == {0})
+        time.sleep(1.0)
+        while data := os.read(reading, 1 << 16):
+            found.append(data)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    before = os.dup(2)
+    os.dup2(writing, 2)
+    try:
+        assert supervision.supervise([str(launcher)], dict(os.environ), endings) == 0
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(writing)
+    reader.join(20)
+    assert b"".join(found).count(line.encode()) == 2000
+
+
 def test_a_launcher_that_ends_in_time_keeps_its_code(executable: Executable) -> None:
     endings = Endings(size=2)
     assert supervision.supervise([str(executable("bin/launcher", f"{LEAVES} exit 7"))], dict(os.environ), endings) == 7
@@ -201,7 +307,7 @@ def test_a_signal_that_does_not_interrupt_the_wait_is_passed_on(
     """As one that comes right before the call; here it comes to another thread, and is seen between two calls."""
     up = tmp_path / "up"
     said = (rank.STARTED + rank.ENDED).decode()
-    begins = f'if [ "${{{rank.DESCRIPTOR}:-}}" ]; then printf {said} >&${rank.DESCRIPTOR}; fi'
+    begins = f'if [ "${{{rank.DESCRIPTOR}:-}}" ]; then printf {said} >&${{{rank.DESCRIPTOR}%%:*}}; fi'
     launcher = executable("bin/launcher", f"{begins}; trap 'exit 7' TERM; touch {up}; while :; do sleep 0.05; done")
     command = [sys.executable, "-c", f"{IN_A_THREAD}\nsys.exit({runs})", str(up), str(launcher)]
     assert subprocess.run(command, timeout=60).returncode == code
