@@ -244,9 +244,10 @@ def run(num_hosts: int, command: Sequence[str], environ: Mapping[str, str], *, h
     wanted = job.Job(command, environ, num_hosts, each=how == "each")
 
     def first(told: int) -> int:
+        signals = job.Signals()
         end_with_parent()
         mount_own(job.TEMPORARY_DESCRIPTOR)
-        return job.run_job(wanted, cluster.network, {}, told)
+        return job.run_job(wanted, cluster.network, {}, told, signals)
 
     def inside(told: int) -> int:  # so that the job's processes end with the hosts as well
         end_with_parent()

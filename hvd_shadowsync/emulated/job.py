@@ -99,12 +99,13 @@ def run(network: Network, command: Sequence[str], environ: Mapping[str, str], *,
     job = Job(command, environ, network.hosts, each)
 
     def first(told: int) -> int:
+        signals = Signals()
         end_with_parent()
         mount_own(TEMPORARY_DESCRIPTOR)
         lines = build(network)
         for each in network.cuts:
             _cut_in_time(network, each)
-        return run_job(job, network, lines, told)
+        return run_job(job, network, lines, told, signals)
 
     def outside(told: int) -> int:
         end_with_parent()
@@ -228,7 +229,32 @@ def _done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def run_job(job: Job, network: Network, lines: Mapping[int, str], told: int) -> int:
+class Signals:
+    """What this process gets, for the job's processes; kept until they are there.
+
+    The first process of a namespace gets only those that it handles: others are lost.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._processes: Sequence[subprocess.Popen[Any]] | None = None
+        for each in FORWARDED_SIGNALS:
+            signal.signal(each, self._note)
+
+    def pass_to(self, processes: Sequence[subprocess.Popen[Any]]) -> None:
+        """Pass on what has come, and what comes."""
+        self._processes = processes
+        for number in self._received:
+            _signal(processes, number)
+
+    def _note(self, number: int, _: object) -> None:
+        if self._processes is None:
+            self._received.append(number)
+        else:
+            _signal(self._processes, number)
+
+
+def run_job(job: Job, network: Network, lines: Mapping[int, str], told: int, signals: Signals) -> int:
     """Start the job's processes, close `told`, and return the exit code; all processes in here end with this one."""
     _offer_agent()
     kept = places(job.hosts)
@@ -237,8 +263,7 @@ def run_job(job: Job, network: Network, lines: Mapping[int, str], told: int) -> 
         for environ, place in zip(job.processes(network.address), kept, strict=False)
     ]
     os.close(told)
-    for each in FORWARDED_SIGNALS:
-        signal.signal(each, lambda number, _: _signal(started, number))
+    signals.pass_to(started)
     return _ended(started, lines)
 
 

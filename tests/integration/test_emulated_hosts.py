@@ -273,6 +273,16 @@ def test_a_signal_leaves_nothing(kind: signal.Signals, more: list[str]) -> None:
     assert job.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 128 + signal.SIGTERM)
 
 
+def test_a_signal_that_comes_while_hosts_are_made_ends_the_job() -> None:
+    """At any moment of it."""
+    for tenths in range(1, 8):
+        job = started("hvd_shadowsync.emulated", "--hosts", "3", "sleep", "999.125")
+        time.sleep(0.1 * tenths)
+        job.send_signal(signal.SIGTERM)
+        job.wait(20)
+        assert job.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+
 def _command(pid: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
