@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +15,11 @@ hypothesis.settings.load_profile("steady")
 
 # Processes that share a pipe would write their lines into one another's: an unbuffered print is several writes.
 os.environ.pop("PYTHONUNBUFFERED", None)
+
+# What runs in a shell's background, or under nohup, ignores these, and so would all that tests start.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
