@@ -548,7 +548,7 @@ def _signal_of(number: Any) -> signal.Signals:
 def _is_taken(folder: Path) -> bool:
     """Tell whether a Checkpointer of this process writes there: each would remove what the other has written."""
     other = _IN_USE.get(os.path.realpath(folder))
-    return other is not None and not other._left
+    return other is not None and not (other._left or other._sync.is_closed)
 
 
 def _listed(folder: Path) -> tuple[list[Stored], str | None]:

@@ -832,6 +832,9 @@ def test_two_checkpointers_have_two_folders(tmp_path: Path) -> None:
                 Checkpointer(tmp_path / "below" / "..", model, sync)
             job.comm.allgather_object(None)
             job.checkpointer.close()
+            Checkpointer(tmp_path, model, sync)
+        model = make_model(job.rank)
+        with ShadowSync(sgd(model), model=model, communicator=job.comm, **FOREGROUND) as sync:  # that one is closed
             Checkpointer(tmp_path, model, sync).close()
 
     on_checkpointers(2, tmp_path, use)
