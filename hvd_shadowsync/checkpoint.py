@@ -10,6 +10,7 @@ import re
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def save(path: str | os.PathLike[str], model: torch.nn.Module, sync: ShadowSync,
         _on_rank_0(sync, path, lambda: os.replace(temporary, path))
     finally:
         if sync.rank == 0:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def _on_rank_0(sync: ShadowSync, path: Path, task: Callable[[], None]) -> None:

@@ -33,8 +33,7 @@ SPEAKER_VARIABLE = "SHADOWRUN_RANK_PROCESS"
 ENDED = re.compile(rb"hvd_shadowsync: rank (\d+) ended; lost: (none|[\d ]+)(?:; replaced: ([\d ]+))?\n")
 BEGUN = re.compile(rb"hvd_shadowsync: rank (\d+) has begun\n")
 TRAINS = re.compile(rb"hvd_shadowsync: training has begun\n")
-SAVES = re.compile(rb"hvd_shadowsync: a last checkpoint is made at a signal\n")
-SAVES_NO_MORE = re.compile(rb"hvd_shadowsync: a last checkpoint is made no more\n")
+SAVES = re.compile(rb"hvd_shadowsync: a last checkpoint is made (at a signal|no more)\n")
 NEVER_BEGAN = re.compile(rb"hvd_shadowsync: rank (\d+) ended before it had begun; code: (-?\d+)\n")
 ABORTS = re.compile(
     rb"^(?:hvd_shadowsync: rank \d+ ends the job: |prterun has exited due to process rank)", re.MULTILINE
@@ -128,7 +127,7 @@ def heedless() -> Iterator[None]:
 
 
 def note_last_checkpoint(made: bool = True) -> None:
-    """Let `shadowrun` know that this rank sees to a last checkpoint at `END_SIGNAL`, or no more."""
+    """Let `shadowrun` know that this job makes a last checkpoint at `END_SIGNAL`, or no more."""
     tell(f"hvd_shadowsync: a last checkpoint is made {'at a signal' if made else 'no more'}")
 
 
@@ -170,7 +169,7 @@ class Endings:
         ended, lost, replaced, begun: by rank of the job; `lost` has those that were replaced as well.
         never_began: a rank that had not begun, and its code.
         trains: whether one has come to its first training step.
-        savers: how many see to a last checkpoint at `END_SIGNAL`.
+        saves: whether the job makes a last checkpoint at `END_SIGNAL`.
         aborts: whether one has ended the job.
         host_away: whether the launcher has ended the job as it cannot reach a host.
         overdue: whether the launcher had to be ended, when it had nothing left to wait for.
@@ -185,18 +184,13 @@ class Endings:
     begun: set[int] = field(default_factory=set)
     never_began: tuple[int, int] | None = None
     trains: bool = False
-    savers: int = 0
+    saves: bool = False
     aborts: bool = False
     host_away: bool = False
     overdue: bool = False
     size: int = 0
     spares: int = 0
     begun_file: str = ""
-
-    @property
-    def saves(self) -> bool:
-        """Whether the job makes a last checkpoint at `END_SIGNAL`."""
-        return self.savers > 0
 
     @property
     def are_all(self) -> bool:
@@ -219,7 +213,8 @@ class Endings:
         for number, code in NEVER_BEGAN.findall(text):
             self.never_began = self.never_began or (int(number), int(code))
         self.trains = self.trains or TRAINS.search(text) is not None
-        self.savers += len(SAVES.findall(text)) - len(SAVES_NO_MORE.findall(text))
-        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS, SAVES, SAVES_NO_MORE, STRAY):
+        for said in SAVES.findall(text):  # the last word counts
+            self.saves = said == b"at a signal"
+        for pattern in (ENDED, BEGUN, NEVER_BEGAN, TRAINS, SAVES, STRAY):
             text = pattern.sub(b"", text)
         return text

@@ -194,12 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shadowrun: {shell_line(command, additions)}", file=sys.stderr, flush=True)
     environ = {**os.environ, **additions}
     if launch.outlives_ranks or launch.restarts is not None:
-        attempt = partial(_attempt, command, environ, launch, strict=options.strict)
+        attempt = partial(_attempt, command, environ, launch, strict=options.strict, kills=mpi.kind == "openmpi")
         return attempt(0).code if launch.restarts is None else run_with_restarts(attempt, options.restarts)
     if launch.horovodrun is not None or mpi.kind != "openmpi":
         return supervise(command, environ)
     if passes_on or launch.num_hosts > 1:
-        return supervise(command, environ, Endings(size=launch.size))
+        return supervise(command, environ, Endings(size=launch.size), kills_at_once=True)
     os.execvpe(command[0], command, environ)
 
 
@@ -220,14 +220,17 @@ def _command_of(options: argparse.Namespace, launch: Launch, mpi: Mpi) -> tuple[
     return command, additions
 
 
-def _attempt(command: Sequence[str], environ: Mapping[str, str], launch: Launch, number: int, *, strict: bool) -> End:
+def _attempt(
+    command: Sequence[str], environ: Mapping[str, str], launch: Launch, number: int, *, strict: bool, kills: bool
+) -> End:
     """Run the job, for the `number`-th time after the first, to its end."""
     received: list[int] = []
     if launch.restarts is not None:
         environ = {**environ, RESTARTS_VARIABLE: str(number)}
     with tempfile.TemporaryDirectory(prefix="shadowrun") as folder:
         endings = Endings(size=launch.size, spares=launch.spares, begun_file=str(Path(folder, "begun")))
-        code = supervise(command, {**environ, agent.BEGUN: endings.begun_file}, endings, received)
+        told = {**environ, agent.BEGUN: endings.begun_file}
+        code = supervise(command, told, endings, received, kills_at_once=kills and launch.horovodrun is None)
     if not launch.outlives_ranks:
         return End(code, bool(received), endings.trains)
     code = judge(code, launch.size, endings, strict=strict, told=bool(received))

@@ -74,8 +74,8 @@ class Checkpointer:
     or out of the collective call they wait in; a last checkpoint of the consolidated replicas is written and
     `SystemExit` raised, with code 0, or 1 where it could not be written. So it is if all processes get the signal and a
     DataLoader then raises that its workers are dead, unless the script deals with that. Where rank 0 has not trained
-    since this was made, or a checkpoint loaded, none is needed, nor written. Where it is through with its steps none is
-    written either; ranks that wait in the handle's `close()` wait on. To a whole job send it by `shadowrun`, which
+    at all, or not since a checkpoint was loaded, none is needed, nor written. Nor is one where it is through with its
+    steps; ranks that wait in the handle's `close()` wait on. To a whole job send it by `shadowrun`, which
     has Open MPI pass it on as SIGUSR2 (but with `--emulated`, `--horovod`, from a terminal, or where the program has
     another handler for that); at the second SIGTERM the job ends without. Open MPI's own mpirun, if it gets SIGTERM,
     passes it on and kills the ranks a quarter of a second later: have the ranks signalled (Slurm's srun does that), or
@@ -132,13 +132,16 @@ class Checkpointer:
         tables = _tables_of(model)
         self._others: list[set[str]] = []
         """The seals of other runs' checkpoints, in a set; nothing until all ranks know them."""
+        ours = [module for module in tables.values() if module.recover_from is None]
         for name, module in tables.items():
-            if module.recover_from is None:  # a rank may be lost from here on
+            if module in ours:  # a rank may be lost from here on
                 module.recover_from = partial(_newest, self._folder, name, self._others)
         others = _seals_in(self._folder) if tables and self._writes else set()
         self._job = sync.name()
         known, is_taken = sync.gather((others, self._writes and _is_taken(self._folder)))[0]
         if is_taken:
+            for module in ours:
+                module.recover_from = None
             raise ValueError(f"dir={str(dir)!r} is another Checkpointer's, which is open; give each its own folder")
         if known is not None:
             self._others.append(known)
@@ -155,7 +158,7 @@ class Checkpointer:
         self._signals = self._listen(numbers)
         look = self._look if sync.size > 1 else None
         self._writer = Writer(self._folder, self._job, sync.size, keep, self._tables, look)
-        self._began_with, self._is_new = self._progress(), True
+        self._began_with, self._is_new = (0, 0.0), True
         sync.end_with(self._end_if_told)
         job.end_otherwise(self._end_if_told)
         hook: Callable[..., None] = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -166,8 +169,8 @@ class Checkpointer:
         """Listen to the signals, and where `shadowrun` passes SIGTERM on as another one, to that as well."""
         another = ending.end_signal() if signal.SIGTERM in numbers else None
         signals = EndSignals(numbers if another is None else [*numbers, another], for_ranks=another)
-        self._sees_to_the_last = another in signals.numbers and self._writes
-        if self._sees_to_the_last:
+        self._is_passed_on = another in signals.numbers
+        if self._is_passed_on and self._writes:
             ending.note_last_checkpoint()
         return signals
 
@@ -274,6 +277,7 @@ class Checkpointer:
         if error is None:
             self.close()
         else:
+            _IN_USE.pop(os.path.realpath(self._folder), None)  # the program may try again, and has no name for this one
             self._end_if_told(error)
 
     @property
@@ -407,7 +411,7 @@ class Checkpointer:
             if path is not None:
                 logger.warning("%s is the last checkpoint", path)
             elif writes and not self._is_new:
-                logger.warning("no last checkpoint is needed: this rank has not trained since the last one was loaded")
+                logger.warning("no last checkpoint is needed: nothing was trained, or not since one was loaded")
             first, present = present[0], self._sync.end()
             if present[0] == first:
                 return path is not None or not (writes and self._is_new)
@@ -460,9 +464,9 @@ class Checkpointer:
         self._hook.remove()
         self._sync.end_with(None)
         job.end_as_ever(self._end_if_told)
-        if self._sees_to_the_last:
-            self._sees_to_the_last = False
+        if self._is_passed_on and self._writes:  # where the one that said so is lost this is the next one
             ending.note_last_checkpoint(made=False)
+        self._is_passed_on = False
         self._signals.restore()
 
     def _close_at_exit(self) -> None:

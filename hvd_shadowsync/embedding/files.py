@@ -321,7 +321,7 @@ def _is_of_another(folder: Path, generation: str) -> bool:
         return bool(json.loads((folder / INDEX).read_bytes())["generation"] != generation)
     except FileNotFoundError:
         return True
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

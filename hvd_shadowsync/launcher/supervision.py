@@ -28,7 +28,8 @@ BEGINNING_S = 60.0
 OVERDUE_S = 10.0
 TERMINATION_S = 2.0
 ENDING_S = 30.0
-"""How long a job may take to end after a signal that asks it to; mpirun itself may wait for ever, for ssh say."""
+"""How long a job may take to end after a signal that leaves it no time for a last checkpoint; Open MPI's mpirun, which
+kills the ranks at once, may itself wait for ever, for ssh say."""
 LOOK_S = 0.5
 """After so long at the latest a signal is passed on that has come right before a call that waits, or in a thread."""
 
@@ -38,6 +39,8 @@ def supervise(
     environ: Mapping[str, str],
     endings: Endings | None = None,
     received: list[int] | None = None,
+    *,
+    kills_at_once: bool = False,
 ) -> int:
     """Run `command` in a session of its own, pass signals on to all of it, and return its exit code when all has ended.
 
@@ -47,7 +50,8 @@ def supervise(
 
     horovodrun leaves a shell between itself and mpirun that does not pass signals on: they go to the whole group.
     After a signal the code is that signal's, unless ranks have made a last checkpoint: MPICH's mpirun exits with 0, and
-    Open MPI's with 1. What has not ended `ENDING_S` later is killed. Signals that are ignored here (nohup) stay so.
+    Open MPI's with 1. What has not ended `ENDING_S` later is killed: after the first SIGTERM only where the launcher
+    `kills_at_once`, as others leave ranks the time for what they do then. What is ignored here (nohup) stays so.
     """
     received = [] if received is None else received
     child: subprocess.Popen[bytes] | None = None
@@ -65,7 +69,8 @@ def supervise(
             child.send_signal(END_SIGNAL)
         else:
             _signal_group(child.pid, number)
-            told_at = min(told_at, time.monotonic())
+            if number != signal.SIGTERM or kills_at_once or len(received) > 1:
+                told_at = min(told_at, time.monotonic())
 
     wanted = [each for each in FORWARDED_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
     previous = {each: signal.signal(each, forward) for each in wanted}
@@ -74,9 +79,9 @@ def supervise(
         guard = _guard()
         child = subprocess.Popen(command, env=environ, start_new_session=True, stderr=stderr)
         _tell_guard(guard, child.pid)
-        for number in received:
-            _signal_group(child.pid, number)
-            told_at = time.monotonic()
+        for number in list(received):
+            received.remove(number)
+            forward(number, None)
         if endings is not None:
             stderr_of = _Stderr(child, endings)
         code = _wait(child, is_late=lambda: time.monotonic() - told_at >= ENDING_S)

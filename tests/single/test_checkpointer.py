@@ -824,6 +824,17 @@ def test_a_folder_that_cannot_be_listed_is_an_error_on_every_rank(
     on_checkpointers(2, tmp_path, use)
 
 
+@pytest.mark.parametrize("name", ["file/below.pt", "x" * 240, "missing/below.pt"])
+def test_a_path_that_cannot_be_written_is_the_same_error_on_every_rank(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("theirs")
+
+    def use(job: Any) -> None:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            checkpoint.save(tmp_path / name, job.model, job.sync)
+
+    on_checkpointers(2, tmp_path / "checkpoints", use)
+
+
 def test_two_checkpointers_have_two_folders(tmp_path: Path) -> None:
     def use(job: Any) -> None:
         model = make_model(job.rank)
@@ -832,10 +843,16 @@ def test_two_checkpointers_have_two_folders(tmp_path: Path) -> None:
                 Checkpointer(tmp_path / "below" / "..", model, sync)
             job.comm.allgather_object(None)
             job.checkpointer.close()
-            Checkpointer(tmp_path, model, sync)
+            left = Checkpointer(tmp_path, model, sync)
         model = make_model(job.rank)
-        with ShadowSync(sgd(model), model=model, communicator=job.comm, **FOREGROUND) as sync:  # that one is closed
-            Checkpointer(tmp_path, model, sync).close()
+        with ShadowSync(sgd(model), model=model, communicator=job.comm, **FOREGROUND) as sync:  # that one's is closed
+            again = Checkpointer(tmp_path, model, sync)
+            with pytest.raises(MemoryError), again:
+                raise MemoryError
+            again._leave()  # the handle's one
+            third = Checkpointer(tmp_path, model, sync)
+        for each in (left, again, third):
+            each.close()
 
     on_checkpointers(2, tmp_path, use)
 
@@ -1067,6 +1084,7 @@ def test_without_training_there_is_no_last_checkpoint(
     def second(job: Any) -> int | None:
         if loads:
             job.checkpointer.load_latest()
+            assert job.sync.steps == 4
         job.checkpointer.stop()
         with pytest.raises(SystemExit) as ended:
             job.checkpointer._end_if_told()

@@ -49,6 +49,16 @@ def test_a_rank_ends_as_its_program_or_such_that_others_notice(program: str, cod
     assert errors == (f"hvd_shadowsync: rank 2 ended before it had begun; {said}\n" if said else "")
 
 
+def test_the_last_word_of_a_last_checkpoint_counts(capfd: pytest.CaptureFixture[str]) -> None:
+    """One that has said that it makes one may be lost, and another takes that back."""
+    endings = Endings()
+    for words, saves in ([True], True), ([False], False), ([False, True], True), ([True, True, False], False):
+        for made in words:
+            ending.note_last_checkpoint(made)
+        assert endings.without(b"before\n" + capfd.readouterr().err.encode()) == b"before\n"
+        assert endings.saves is saves
+
+
 def test_another_file_with_the_number_of_the_pipe_is_left_alone(tmp_path: Path) -> None:
     """As where something between the two has closed all descriptors, as Python's subprocess does."""
     program = f"""

@@ -391,6 +391,28 @@ def test_a_checkpointer_gives_its_newest_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(rows, weight, rtol=0, atol=0)
 
 
+def test_a_checkpointer_that_is_refused_leaves_tables_as_they_were(tmp_path: Path) -> None:
+    def program(comm: Communicator) -> None:
+        plain = torch.nn.Linear(2, 1)
+        bags = ShardedEmbeddingBag(TABLES, PLAN, SGD(lr=0.0), communicator=comm)
+        model = torch.nn.Sequential(bags, torch.nn.Linear(15, 1))
+        handles = [
+            ShadowSync(torch.optim.SGD(part.parameters(), lr=0.1), model=whole, communicator=comm, sync_every=1)
+            for part, whole in ((plain, plain), (model[1], model))
+        ]
+        checkpointers = [Checkpointer(tmp_path / "a", plain, handles[0])]
+        with pytest.raises(ValueError, match="another Checkpointer's"):
+            Checkpointer(tmp_path / "a", model, handles[1])
+        assert bags.recover_from is None
+        checkpointers.append(Checkpointer(tmp_path / "b", model, handles[1]))
+        assert checkpointers[1].save_now() is not None
+        assert bags.recover_from() == tmp_path / "b" / "step-0" / "model.pt.0"
+        for each in (*checkpointers, *handles, bags):
+            each.close()
+
+    local.run(2, program, timeout_s=TIMEOUT_S)
+
+
 @pytest.mark.parametrize(
     ("saves", "loads", "dies_early", "listed"),
     [

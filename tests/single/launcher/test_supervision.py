@@ -165,14 +165,19 @@ def test_a_launcher_that_is_killed_leaves_no_rank(
     until(lambda: not Path(f"/proc/{left}").exists() or ") Z " in Path(f"/proc/{left}/stat").read_text())
 
 
-@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize(
+    ("saves", "kills"), [(False, True), (True, True), (False, False)], ids=["plain", "with a checkpoint", "other MPI"]
+)
 def test_a_launcher_that_does_not_end_at_a_signal_is_killed(
-    saves: bool, executable: Executable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    saves: bool, kills: bool, executable: Executable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    """Open MPI's waits for ever where it gets one while it starts its daemons. A last checkpoint has all its time."""
+    """Open MPI's waits for ever where it gets one while it starts its daemons. A last checkpoint has all its time.
+
+    So it has under other launchers, which do not say whether there is one.
+    """
     monkeypatch.setattr(supervision, "ENDING_S", 0.3)
     monkeypatch.setattr(supervision, "TERMINATION_S", 0.2)
-    traps = f"trap '' TERM; trap 'echo >> {tmp_path}/got' USR2"
+    traps = f"trap 'echo >> {tmp_path}/got' USR2 TERM"
     launcher = executable(
         "bin/launcher", f"{traps}; {SAVES if saves else ''}\ntouch {tmp_path}/up; while :; do sleep 0.05; done"
     )
@@ -181,17 +186,17 @@ def test_a_launcher_that_does_not_end_at_a_signal_is_killed(
 
     def tell() -> None:
         until(lambda: (tmp_path / "up").exists() and endings.saves == saves)
-        for _ in range(2 if saves else 1):
+        for _ in range(2 if saves or not kills else 1):
             sent.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGTERM)
-            if saves and len(sent) == 1:
+            if len(sent) == 1 and (saves or not kills):
                 until(lambda: (tmp_path / "got").exists())
                 time.sleep(1.0)
 
     threading.Thread(target=tell, daemon=True).start()
-    code = supervision.supervise([str(launcher)], dict(os.environ), endings)
+    code = supervision.supervise([str(launcher)], dict(os.environ), endings, kills_at_once=kills)
     assert code == (128 + signal.SIGKILL if saves else 128 + signal.SIGTERM)
-    assert len(sent) == (2 if saves else 1)
+    assert len(sent) == (2 if saves or not kills else 1)
     assert "the job has not ended 0 s after the signal, and is killed" in capfd.readouterr().err
 
 
