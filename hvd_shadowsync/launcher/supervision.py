@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from hvd_shadowsync.ending import END_SIGNAL, MARKS, Endings, tell
@@ -77,8 +78,9 @@ def supervise(
     try:
         stderr = None if endings is None else subprocess.PIPE
         guard = _guard()
-        child = subprocess.Popen(command, env=environ, start_new_session=True, stderr=stderr)
-        _tell_guard(guard, child.pid)
+        child = subprocess.Popen(
+            command, env=environ, start_new_session=True, stderr=stderr, preexec_fn=partial(_tell_guard, guard)
+        )
         for number in list(received):
             received.remove(number)
             forward(number, None)
@@ -117,11 +119,11 @@ def _guard() -> subprocess.Popen[bytes]:
     )
 
 
-def _tell_guard(guard: subprocess.Popen[bytes], group: int) -> None:
+def _tell_guard(guard: subprocess.Popen[bytes]) -> None:
+    """Say which group it is; in the child, before it becomes another program: shadowrun may be killed any time."""
     assert guard.stdin is not None, "it is a pipe"
     with contextlib.suppress(OSError):
-        guard.stdin.write(b"%d\n" % group)
-        guard.stdin.flush()
+        os.write(guard.stdin.fileno(), b"%d\n" % os.getpid())
 
 
 def _dismiss(guard: subprocess.Popen[bytes]) -> None:
