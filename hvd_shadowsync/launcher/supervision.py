@@ -61,10 +61,12 @@ def supervise(
     told_at = math.inf
 
     def forward(number: int, _: object) -> None:
-        nonlocal saves, told_at
         received.append(number)
-        if child is None:
-            return
+        if child is not None:
+            pass_on(child, number)
+
+    def pass_on(child: subprocess.Popen[bytes], number: int) -> None:
+        nonlocal saves, told_at
         if received == [signal.SIGTERM] and endings is not None and endings.saves:
             saves = True
             child.send_signal(END_SIGNAL)
@@ -82,8 +84,7 @@ def supervise(
             command, env=environ, start_new_session=True, stderr=stderr, preexec_fn=partial(_tell_guard, guard)
         )
         for number in list(received):
-            received.remove(number)
-            forward(number, None)
+            pass_on(child, number)
         if endings is not None:
             stderr_of = _Stderr(child, endings)
         code = _wait(child, is_late=lambda: time.monotonic() - told_at >= ENDING_S)
@@ -95,7 +96,8 @@ def supervise(
                 _end_rest(child.pid)
     finally:
         if guard is not None:
-            _dismiss(guard)
+            guard.kill()
+            guard.communicate()
         for each, handler in previous.items():
             signal.signal(each, handler)
     if received and not saves:
@@ -124,12 +126,6 @@ def _tell_guard(guard: subprocess.Popen[bytes]) -> None:
     assert guard.stdin is not None, "it is a pipe"
     with contextlib.suppress(OSError):
         os.write(guard.stdin.fileno(), b"%d\n" % os.getpid())
-
-
-def _dismiss(guard: subprocess.Popen[bytes]) -> None:
-    guard.kill()
-    with contextlib.suppress(OSError), guard:
-        pass
 
 
 class _Stderr:
