@@ -8,14 +8,15 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_shadowsync.comm import memory, runtime, spares, waiting
+from hvd_shadowsync.comm import agreement, memory, runtime, spares, waiting
+from hvd_shadowsync.comm.agreement import GATE
 from hvd_shadowsync.comm.base import Communicator, Message, Request, Reserve, SharedMemory
 from hvd_shadowsync.comm.echo import EchoCommunicator
 from hvd_shadowsync.comm.job import check_launch, load_mpi, outlives_ranks
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 LAST_CALLS_S = 10.0
 DRAIN_S = 1.0
+PROMPT = Poller(spin_s=0.05)
+"""For what all ranks do at the same time, and rarely: while a communicator is made, another loss is not survived."""
 MPI_TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.int64: "INT64_T"}
 
 
@@ -53,7 +56,7 @@ def world(ranks: Sequence[int] | None = None) -> Communicator:
             return MpiCommunicator(everyone.Dup())
         with _noticing():
             # a copy of the world, but for spares and for ranks that are lost already
-            left = (everyone if known is None else known.work).Shrink()
+            left = agreement.shrink(mpi, everyone if known is None else known.work, _wait)
         members = _members(mpi, left, everyone, range(everyone.size))
         size = everyone.size if known is None else known.size
         if gone := note_lost(set(range(size)) - set(members)):
@@ -105,7 +108,8 @@ class MpiReserve(Reserve):
             with _noticing():
                 merged = meeting.Merge(False)
         except RankLostError:
-            meeting.Revoke()
+            with GATE:
+                meeting.Revoke()
             raise
         return MpiCommunicator(merged, [*comm.members, number], outlives_ranks=True, has_reserve=True)
 
@@ -178,8 +182,28 @@ def _noticing() -> Iterator[None]:
         raise
 
 
+def _wait(request: Any) -> None:
+    """Wait for a request of a job that outlives its ranks; raise what MPI raises."""
+    mpi, polls, complete = load_mpi(), 0, False
+    if (test := _compiled_test(mpi)) is not None:
+        return waiting.wait(test, mpi._addressof(request), PROMPT, mpi.Exception, GATE)
+    while not complete:
+        PROMPT.pause(polls)
+        polls += 1
+        with GATE:
+            complete = request.Test()
+    return None
+
+
+def _compiled_test(mpi: Any) -> int | None:
+    return waiting.mpi_test(mpi) if waiting.load() is not None else None
+
+
 class _MpiRequest:
-    """A request together with the buffers that MPI works on; `pending` are those of its communicator under way."""
+    """A request together with the buffers that MPI works on; `pending` are those of its communicator under way.
+
+    They are None in a job that ends with its first rank: then nothing is agreed on, and there is no gate.
+    """
 
     def __init__(self, pending: set[_MpiRequest] | None, request: Any, *buffers: Any) -> None:
         self._request, self._buffers, self._pending = request, buffers, pending
@@ -190,7 +214,7 @@ class _MpiRequest:
     def test(self) -> bool:
         if self._pending is None:
             return bool(self._request.Test())
-        with _noticing():
+        with _noticing(), GATE:
             complete = bool(self._request.Test())
         if complete:
             self._pending.discard(self)
@@ -198,11 +222,11 @@ class _MpiRequest:
 
     def wait(self, poller: Poller) -> bool:
         mpi = load_mpi()
-        test = waiting.mpi_test(mpi) if waiting.load() is not None else None
-        if test is None:
+        if (test := _compiled_test(mpi)) is None:
             return False
         with _noticing():
-            waiting.wait(test, mpi._addressof(self._request), poller, mpi.Exception)
+            gate = None if self._pending is None else GATE
+            waiting.wait(test, mpi._addressof(self._request), poller, mpi.Exception, gate)
         if self._pending is not None:
             self._pending.discard(self)
         return True
@@ -288,7 +312,7 @@ class MpiCommunicator(Communicator):
 
     def probe(self) -> Message | None:
         """See `Communicator.probe`."""
-        with _noticing():
+        with _noticing(), GATE if self.outlives_ranks else nullcontext():
             message = self._comm.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, self._status)
         if message is None:
             return None
@@ -309,7 +333,7 @@ class MpiCommunicator(Communicator):
     def check(self) -> None:
         """See `Communicator.check`."""
         if self.outlives_ranks and self._comm != self._mpi.COMM_NULL:
-            with _noticing():
+            with _noticing(), GATE:
                 self._comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG)
 
     def revoke(self) -> None:
@@ -322,7 +346,8 @@ class MpiCommunicator(Communicator):
             return
         for part in self._parts:
             part.revoke()
-        self._comm.Revoke()
+        with GATE:
+            self._comm.Revoke()
         deadline = time.monotonic() + DRAIN_S
         own = [each for each in list(self._pending) if each.thread == threading.get_ident()]
         while self._pending.intersection(own) and time.monotonic() < deadline:
@@ -340,14 +365,14 @@ class MpiCommunicator(Communicator):
             return done
         try:
             with _noticing():
-                return bool(self._comm.Agree(int(done)))
+                return agreement.agree(self._comm, done, _wait)
         except RankLostError:
             return False
 
     def survivors(self) -> Communicator:
         """See `Communicator.survivors`."""
         with _noticing():
-            left = self._comm.Shrink()
+            left = agreement.shrink(self._mpi, self._comm, _wait)
         _IN_USE.remove()
         return MpiCommunicator(left, self._members_of(left), outlives_ranks=True, has_reserve=self._has_reserve)
 
@@ -384,7 +409,7 @@ class MpiCommunicator(Communicator):
     def _begun(self, call: Callable[..., Any], arguments: tuple[Any, ...], *buffers: Any) -> Request:
         if self._pending is None:
             return _MpiRequest(None, call(*arguments), *buffers)
-        with _noticing():
+        with _noticing(), GATE:
             return _MpiRequest(self._pending, call(*arguments), *buffers)
 
     def _attach_all(self, num_bytes: int) -> SharedMemory | None:
@@ -414,7 +439,8 @@ class MpiCommunicator(Communicator):
     def overlook_lost(self) -> None:
         """See `Communicator.overlook_lost`."""
         if self.outlives_ranks:
-            self._comm.Ack_failed()
+            with GATE:
+                self._comm.Ack_failed()
 
     def declare_lost(self, rank: int) -> bool:
         """See `Communicator.declare_lost`."""
@@ -424,8 +450,13 @@ class MpiCommunicator(Communicator):
 
     def dup(self, *, linked: bool = True) -> Communicator:
         """See `Communicator.dup`."""
-        with _noticing():
+        if not self.outlives_ranks:
             return self._part(self._comm.Dup(), self.members, linked=linked)
+        with _noticing():
+            with GATE:
+                copy, request = self._comm.Idup()
+            _wait(request)
+        return self._part(copy, self.members, linked=linked)
 
     def free(self) -> None:
         """See `Communicator.free`; where ranks may be lost MPI keeps what it has, as others may not come to free it."""

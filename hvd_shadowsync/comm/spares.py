@@ -26,6 +26,7 @@ from enum import IntEnum
 from typing import Any, NoReturn
 
 from hvd_shadowsync import ending
+from hvd_shadowsync.comm.agreement import GATE
 
 logger = logging.getLogger(__name__)
 
@@ -153,15 +154,18 @@ class Spares:
             while (message := self._probe()) is not None:
                 source, tag = self._seats[self._status.source], Tag(self._status.tag)
                 buffer = bytearray(self._status.Get_count(self._mpi.BYTE))
-                message.Recv([buffer, self._mpi.BYTE])
+                with GATE:
+                    message.Recv([buffer, self._mpi.BYTE])
                 self._take(source, tag, list(struct.unpack(f"{len(buffer) // 8}q", buffer)))
 
     def _probe(self) -> Any:
         for _ in range(2):
             try:
-                return self._desk.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, self._status)
+                with GATE:
+                    return self._desk.Improbe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, self._status)
             except self._mpi.Exception:  # somebody is lost: that is overlooked from here on
-                self._desk.Ack_failed()
+                with GATE:
+                    self._desk.Ack_failed()
         return None
 
     def _take(self, source: int, tag: Tag, values: list[int]) -> None:
@@ -194,14 +198,16 @@ class Spares:
             self._sending = [each for each in self._sending if not self._is_sent(each[0])]
             for seat in seats:
                 try:
-                    request = self._desk.Isend([payload, self._mpi.BYTE], self._seats.index(seat), int(tag))
+                    with GATE:
+                        request = self._desk.Isend([payload, self._mpi.BYTE], self._seats.index(seat), int(tag))
                 except self._mpi.Exception:  # it is lost
                     continue
                 self._sending.append((request, payload))
 
     def _is_sent(self, request: Any) -> bool:
         try:
-            return bool(request.Test())
+            with GATE:
+                return bool(request.Test())
         except self._mpi.Exception:
             return True
 
@@ -304,7 +310,8 @@ class Spares:
                 self._given_up.add(spare)
         self._say([spare], Tag.OUTCOME, handle, int(joined))
         if not joined and spare in self._pairs:
-            self._pairs[spare].Revoke()
+            with GATE:
+                self._pairs[spare].Revoke()
 
     # --- for a spare --------------------------------------------------------------------------------------------------
 

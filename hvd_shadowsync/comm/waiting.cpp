@@ -34,10 +34,10 @@ struct Wait {
   double pause_s;
 };
 
-// Poll until `request` is complete or `most_s` have gone by; the result of the last `test`, which is 0 where it went
-// well. `wait` begins as zeros.
+// Poll until `request` is complete, `most_s` have gone by, or `leave`, where it is given, points to what is not 0; the
+// result of the last `test`, which is 0 where it went well. `wait` begins as zeros.
 extern "C" int shadow_wait(Test test, void* request, Wait* wait, double spin_s, int64_t eager, double shortest_s,
-                           double longest_s, double growth, double most_s, int* complete) {
+                           double longest_s, double growth, double most_s, int* complete, const int* leave) {
   alignas(16) uint8_t status[STATUS_BYTES];
   const int64_t begun = now_ns(), latest = begun + static_cast<int64_t>(most_s * SECOND_NS);
   if (wait->spin_until_ns == 0) wait->spin_until_ns = begun + static_cast<int64_t>(spin_s * SECOND_NS);
@@ -46,7 +46,7 @@ extern "C" int shadow_wait(Test test, void* request, Wait* wait, double spin_s, 
     const int failed = test(request, complete, status);
     if (failed || *complete) return failed;
     const int64_t now = now_ns();
-    if (now >= latest) return 0;
+    if (now >= latest || (leave && __atomic_load_n(leave, __ATOMIC_ACQUIRE))) return 0;
     if (now < wait->spin_until_ns || ++wait->polls < eager) {
       sched_yield();
     } else {

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hvd_shadowsync import libraries
+from hvd_shadowsync.comm.agreement import Gate
 from hvd_shadowsync.comm.poll import Poller
 
 SLICE_S = 0.02  # between two of them signals are handled, and a daemon thread ends with the interpreter
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _FUNCTIONS: dict[str, libraries.Signature] = {
-    "shadow_wait": (ctypes.c_int, [_P, _P, _P, _D, _I, _D, _D, _D, _D, _P]),
+    "shadow_wait": (ctypes.c_int, [_P, _P, _P, _D, _I, _D, _D, _D, _D, _P, _P]),
 }
 
 
@@ -43,7 +46,9 @@ def mpi_test(mpi: Any) -> int | None:
     return None
 
 
-def wait(test: int, request: int, poller: Poller, failed: Callable[[int], BaseException]) -> None:
+def wait(
+    test: int, request: int, poller: Poller, failed: Callable[[int], BaseException], gate: Gate | None = None
+) -> None:
     """Return when the request is complete, polling as `poller` does; `load` has to have found the library.
 
     Args:
@@ -51,14 +56,18 @@ def wait(test: int, request: int, poller: Poller, failed: Callable[[int], BaseEx
         request: address of the request.
         poller: how to wait.
         failed: makes an exception of a code that `test` returns.
+        gate: what to be inside of while it looks; left at once where that has become narrow, and for the pauses.
     """
     library = load()
     assert library is not None, "load() says whether it is there"
     state, complete = _Wait(), ctypes.c_int(0)
     while not complete.value:
-        code = library.shadow_wait(
-            test, request, ctypes.byref(state), poller.spin_s, poller.eager, poller.shortest_s, poller.longest_s,
-            poller.growth, SLICE_S, ctypes.byref(complete),
-        )  # fmt: skip
+        with nullcontext() if gate is None else gate:
+            code = library.shadow_wait(
+                test, request, ctypes.byref(state), poller.spin_s, poller.eager, poller.shortest_s, poller.longest_s,
+                poller.growth, SLICE_S, ctypes.byref(complete), None if gate is None else gate.address,
+            )  # fmt: skip
         if code:
             raise failed(code)
+        if gate is not None and gate.is_narrow and not complete.value:
+            poller.pause(0 if time.monotonic_ns() < state.spin_until_ns else poller.eager)

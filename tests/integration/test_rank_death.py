@@ -295,3 +295,16 @@ def test_a_host_that_is_lost_with_its_daemon_ends_the_job(victim: int, tmp_path:
     assert outcome.code not in (0, None), outcome.text
     assert outcome.events("ended") == []
     assert "no rank came to its end" in outcome.errors
+
+
+def test_communicators_of_several_threads_recover_at_once(tmp_path: Path) -> None:
+    """Four of five ranks die, one after the other, while three threads of each use a communicator of their own."""
+    program = PROGRAM.parent / "recoveries.py"
+    command = [sys.executable, "-m", "hvd_shadowsync.run", "-np", "5", "--fault-tolerant", "python", str(program)]
+    outcome = launch(command, tmp_path / "job", timeout_s=TIMEOUT_S, environ=ONE_HOST)
+    assert not outcome.verdict, outcome.verdict + outcome.text
+    assert outcome.left_over == [], outcome.text
+    assert outcome.code == 0, outcome.text
+    assert sorted(each["rank"] for each in outcome.events("dies")) == [0, 1, 2, 3], outcome.text
+    (ended,) = outcome.events("ended")
+    assert json.loads(ended["text"])["lost"] == [[0, 1, 2, 3]] * 3, outcome.text

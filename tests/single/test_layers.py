@@ -55,6 +55,7 @@ WITHOUT_TORCH = [
     "errors",
     "checks",
     "comm",
+    "comm.agreement",
     "comm.base",
     "comm.job",
     "comm.poll",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from hvd_shadowsync.comm import waiting
+from hvd_shadowsync.comm.agreement import Gate
 from hvd_shadowsync.comm.poll import Poller
 
 TEST = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.c_void_p)
@@ -121,3 +123,36 @@ def test_with_something_to_do_meanwhile_the_poller_looks_itself() -> None:
     request = Patient(can=True)
     QUICK.wait([request], meanwhile=lambda: False)
     assert (request.waits, next(request.tests)) == (0, 4)
+
+
+def test_between_two_looks_beside_an_agreement_others_are_let_in() -> None:
+    gate, inside = Gate(), list[bool]()
+
+    class Watched(Test):
+        def _look(self, request: int, complete: Any, status: int) -> int:
+            inside.append(gate._inside == 1)
+            return super()._look(request, complete, status)
+
+    test, others = Watched(20), 0
+    with gate.agreeing(), ThreadPoolExecutor(1) as pool:
+        waited = pool.submit(waiting.wait, test.address, REQUEST, Poller(spin_s=0.0, eager=0), Failed, gate)
+        while not waited.done():
+            with gate:
+                others += 1
+            time.sleep(0.0001)
+        waited.result()
+    assert inside == [True] * 20
+    assert others > 1
+
+
+def test_without_an_agreement_one_entry_does_for_many_looks() -> None:
+    class Counted(Gate):
+        entries = 0
+
+        def __enter__(self) -> None:
+            self.entries += 1
+            super().__enter__()
+
+    gate, test = Counted(), Test(20)
+    waiting.wait(test.address, REQUEST, Poller(spin_s=0.0, eager=64), Failed, gate)
+    assert gate.entries < 20
