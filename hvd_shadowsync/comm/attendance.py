@@ -18,6 +18,7 @@ import torch
 
 from hvd_shadowsync.comm import job, runtime
 from hvd_shadowsync.comm.base import Communicator, Request
+from hvd_shadowsync.comm.memory import machine
 from hvd_shadowsync.comm.quorum import goes_on
 from hvd_shadowsync.comm.whereabouts import Wait, Whereabouts, Word
 from hvd_shadowsync.errors import CutOffError, RankLostError, StallError
@@ -97,12 +98,7 @@ class Person:
     def here(cls, number: int) -> Person:
         """Return what this process is."""
         pid = os.getpid()
-        try:
-            seen = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-        except OSError:
-            seen = str(pid)  # nobody can tell that he sees the same
-        host = platform.node()
-        return cls(number, host, pid, f"{host} {seen}", _born(pid), runtime.is_beside_launcher())
+        return cls(number, platform.node(), pid, machine(), _born(pid), runtime.is_beside_launcher())
 
 
 def _born(pid: int) -> str:

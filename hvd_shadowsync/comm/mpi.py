@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import pickle
 import threading
 import time
@@ -356,6 +357,7 @@ class MpiCommunicator(Communicator):
                     request.test()
                 except (RankLostError, self._mpi.Exception):
                     self._pending.discard(request)
+            os.sched_yield()
         _ABANDONED.extend(self._pending)
         self._pending.clear()
 
@@ -382,6 +384,9 @@ class MpiCommunicator(Communicator):
 
     def hosts(self) -> list[int]:
         """See `Communicator.hosts`."""
+        if self._hosts is None and self.outlives_ranks:
+            machines = self.allgather_object(memory.machine())  # not by a communicator, which others could not wait for
+            self._hosts = [machines.index(each) for each in machines]
         if self._hosts is None:
             with _noticing():
                 host = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED)
@@ -391,11 +396,20 @@ class MpiCommunicator(Communicator):
 
     def split(self, color: int | None) -> Communicator | None:
         """See `Communicator.split`."""
+        self._meet()
         with _noticing():
             part = self._comm.Split(self._mpi.UNDEFINED if color is None else color, self.rank)
         if color is None:
             return None
         return self._part(part, self._members_of(part))
+
+    def _meet(self) -> None:
+        """Return when all ranks are here, where they outlive each other.
+
+        A rank that is lost is noticed here then; in what makes a communicator MPI may come to harm, which is short so.
+        """
+        if self.outlives_ranks:
+            PROMPT.wait([self._begun(self._comm.Ibarrier, ())])
 
     def _part(self, comm: Any, members: Sequence[int], *, linked: bool = True) -> MpiCommunicator:
         part = MpiCommunicator(comm, members, outlives_ranks=self.outlives_ranks)
@@ -452,6 +466,7 @@ class MpiCommunicator(Communicator):
         """See `Communicator.dup`."""
         if not self.outlives_ranks:
             return self._part(self._comm.Dup(), self.members, linked=linked)
+        self._meet()
         with _noticing():
             with GATE:
                 copy, request = self._comm.Idup()

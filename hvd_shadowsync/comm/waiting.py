@@ -56,11 +56,11 @@ def wait(
         request: address of the request.
         poller: how to wait.
         failed: makes an exception of a code that `test` returns.
-        gate: what to be inside of while it looks; left at once where that has become narrow, and for the pauses.
+        gate: what to be inside of while it looks; where that is narrow it is left after each look.
     """
     library = load()
     assert library is not None, "load() says whether it is there"
-    state, complete = _Wait(), ctypes.c_int(0)
+    state, complete, looks = _Wait(), ctypes.c_int(0), 0
     while not complete.value:
         with nullcontext() if gate is None else gate:
             code = library.shadow_wait(
@@ -70,4 +70,5 @@ def wait(
         if code:
             raise failed(code)
         if gate is not None and gate.is_narrow and not complete.value:
-            poller.pause(0 if time.monotonic_ns() < state.spin_until_ns else poller.eager)
+            looks = 0 if time.monotonic_ns() < state.spin_until_ns else looks + 1
+            poller.pause(poller.eager + looks if looks else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -66,9 +67,12 @@ def test_an_agreement_is_begun_when_others_have_left() -> None:
         looking = pool.submit(look)
         assert came.wait(TIMEOUT_S)
         beginning = pool.submit(begin)
-        assert not begun.wait(NOT_S)
-        assert gate.is_narrow, "who is inside is asked to leave"
-        go.set()
+        try:
+            while not gate.is_narrow:  # who is inside is asked to leave
+                time.sleep(0.001)
+            assert not begun.wait(NOT_S)
+        finally:
+            go.set()
         looking.result(TIMEOUT_S)
         beginning.result(TIMEOUT_S)
     assert begun.is_set()
@@ -77,13 +81,21 @@ def test_an_agreement_is_begun_when_others_have_left() -> None:
 def test_a_thread_that_stays_inside_holds_the_others_up_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "LONGEST_TURN_S", NOT_S)
     gate = Gate()
-    with gate, ThreadPoolExecutor(1) as pool:
 
-        def begin() -> bool:
-            with gate.agreeing(), gate:
-                return True
+    def begin() -> bool:
+        with gate.agreeing(), gate:
+            return True
 
+    with ThreadPoolExecutor(1) as pool, gate:
         assert pool.submit(begin).result(TIMEOUT_S)
+
+
+def test_a_thread_that_was_thrown_out_of_it_is_let_in_again() -> None:
+    gate = Gate()
+    gate.__enter__()  # and an error of a signal's handler comes before it has left
+    with gate.agreeing(), gate:
+        assert gate.inside == {threading.get_ident()}
+    assert gate.inside == set()
 
 
 def test_the_gate_is_open_again_after_an_error() -> None:
@@ -105,9 +117,13 @@ class Ranks:
 
     def Iagree(self, flag: array[int]) -> Callable[[], None]:
         self.called.append(f"agreed on {flag[0]}")
+        assert agreement.GATE.is_narrow
+        assert agreement.GATE.inside == {threading.get_ident()}
         code = self.codes.pop(0) if self.codes else 0
 
         def end() -> None:
+            assert agreement.GATE.is_narrow
+            assert agreement.GATE.inside == set()
             if code:
                 raise load_mpi().Exception(code)
             flag[0] &= 2
