@@ -25,6 +25,7 @@ GATHERS_A_LIFE = 60
 
 
 LIVES = list["Life"]()
+DYING = threading.Lock()
 
 
 class Life:
@@ -48,6 +49,7 @@ class Life:
             assert max(counts) - min(counts) <= 1, f"{counts}: ranks are at most one call apart"
             self.gathers, self.gathers_since = max(counts) + 1, self.gathers_since + 1
             if all(each.is_next and each.gathers_since >= GATHERS_A_LIFE for each in LIVES):
+                DYING.acquire()  # and never let go: one thread says so
                 ranks.say("dies", f"after {self.gathers}")
                 os.kill(os.getpid(), signal.SIGKILL)
 
