@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -125,12 +127,24 @@ def test_with_something_to_do_meanwhile_the_poller_looks_itself() -> None:
     assert (request.waits, next(request.tests)) == (0, 4)
 
 
+class Counted(Gate):
+    """A gate that counts how often one thread has entered it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: Counter[int] = Counter()
+
+    def __enter__(self) -> None:
+        self.entries[threading.get_ident()] += 1
+        super().__enter__()
+
+
 def test_between_two_looks_beside_an_agreement_others_are_let_in() -> None:
-    gate, inside, others = Gate(), list[bool](), 0
+    gate, inside, others = Counted(), list[int](), 0
 
     class Watched(Test):
         def _look(self, request: int, complete: Any, status: int) -> int:
-            inside.append(len(gate.inside) == 1)
+            inside.extend(gate.inside)
             self._last = len(self.looks) + (1 if others > 2 else 2)
             return super()._look(request, complete, status)
 
@@ -142,18 +156,12 @@ def test_between_two_looks_beside_an_agreement_others_are_let_in() -> None:
                 others += 1
             time.sleep(0.0001)
         waited.result()
-    assert all(inside)
     assert others > 2
+    assert len(inside) == len(test.looks), "one thread at each look"
+    assert gate.entries[inside[0]] == len(test.looks), "and it leaves after each"
 
 
 def test_without_an_agreement_one_entry_does_for_many_looks() -> None:
-    class Counted(Gate):
-        entries = 0
-
-        def __enter__(self) -> None:
-            self.entries += 1
-            super().__enter__()
-
     gate, test = Counted(), Test(20)
     waiting.wait(test.address, REQUEST, Poller(spin_s=0.0, eager=64), Failed, gate)
-    assert gate.entries < 20
+    assert gate.entries.total() < 20
