@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -322,11 +323,15 @@ def test_a_kill_at_any_moment_leaves_the_latest_good(
     tmp_path: Path, processes: tuple[Callable[[], None], Callable[[], None]]
 ) -> None:
     """Each process goes on from what the last one left, which was killed at another moment of its writing."""
-    chance, good = random.Random(5), 0
+    chance, good, longest_s = random.Random(5), 0, 0.15
     start, kill = processes
-    for _ in range(8):
+    for number in itertools.count():
+        if number >= 8:
+            if good > 0:
+                break
+            longest_s *= 1.5  # a slow machine, which has written none yet
         start()
-        time.sleep(chance.uniform(0.0, 0.15))
+        time.sleep(chance.uniform(0.0, longest_s))
         kill()
         complete = [path for path in tmp_path.iterdir() if folders.COMPLETE.fullmatch(path.name)]
         for path in complete:
@@ -338,7 +343,6 @@ def test_a_kill_at_any_moment_leaves_the_latest_good(
             content = checkpoint.read(latest / "model.pt")
             assert bool((content["model"]["weights"] == content["model"]["weights"][0]).all())
             good += 1
-    assert good > 0
     left = [path for path in tmp_path.iterdir() if folders.UNDER_WAY.fullmatch(path.name)]
     assert len(left) <= 1, "those of earlier processes were removed"
 
