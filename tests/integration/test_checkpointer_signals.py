@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def tell(*which: int, ranks: int = 2) -> Callable[[Job], None]:
     def during(job: Job) -> None:
         pids = job.await_event("trains", ranks=ranks)
         for rank in which:
-            os.kill(pids[rank], signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it was told by the first one, and has ended
+                os.kill(pids[rank], signal.SIGTERM)
 
     return during
 
@@ -97,10 +99,13 @@ def test_a_signal_to_all_processes_makes_a_last_checkpoint_as_well(case: str, fi
     """Batch systems signal the workers of DataLoaders, too, which die of it."""
 
     def during(job: Job) -> None:
+        everyone = []
         for pid in job.await_event("trains", ranks=2):
             workers = children_of(pid)
             assert len(workers) == 2
-            for each in [pid, *workers] if first == "rank" else [*workers, pid]:
+            everyone += [pid, *workers] if first == "rank" else [*workers, pid]
+        for each in everyone:
+            with suppress(ProcessLookupError):  # the other rank has ended it
                 os.kill(each, signal.SIGTERM)
 
     outcome = run_case(case, tmp_path, during).require_success()

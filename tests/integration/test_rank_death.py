@@ -223,11 +223,11 @@ def test_an_exception_before_training_ends_the_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "at", "victims", "mode"),
     [
-        ("after a checkpoint", 7, [1], "alltoall"),
-        ("lookup", 200, [2], "served"),
-        ("row update", 200, [0], "alltoall"),
-        ("row update", 200, [0], "served"),
-        ("lookup", 150, [1, 2], "alltoall"),
+        ("step of a saved job", 7, [1], "alltoall"),
+        ("lookup of a saved job", 20, [2], "served"),
+        ("row update of a saved job", 20, [0], "alltoall"),
+        ("row update of a saved job", 20, [0], "served"),
+        ("lookup of a saved job", 15, [1, 2], "alltoall"),
     ],
 )
 def test_rows_of_a_lost_rank_come_from_the_last_checkpoint(

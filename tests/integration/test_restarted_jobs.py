@@ -14,7 +14,6 @@ from launching import ONE_HOST, Job, Outcome, find_mpi, launch
 from hvd_shadowsync.restarts import VARIABLE
 
 PROGRAM = Path(__file__).parent / "programs" / "restarts.py"
-EVERY_STEPS = 20
 TIMEOUT_S = 120.0
 
 
@@ -39,10 +38,10 @@ def test_a_job_that_is_killed_once_goes_on_from_its_last_checkpoint(tmp_path: Pa
     outcome = run("killed", tmp_path)
     assert outcome.code == 0, outcome.text
     [(_, first), (number, second)] = began(outcome)
-    [killed] = outcome.events("ends")
+    [ends] = outcome.events("ends")
+    newest, killed = map(int, ends["text"].split())
     assert (first, number) == (0, 1)
-    assert 0 < second <= int(killed["text"])
-    assert int(killed["text"]) - second < 2 * EVERY_STEPS, "the interval, and the writing of what was begun"
+    assert 0 < newest <= second <= killed, "nothing that was complete is lost"
     assert [each["rank"] for each in outcome.events("ended")] == [0, 1]
     assert re.search(r"shadowrun: the job ended with code \d+; it is started again \(1 of 2\)", outcome.errors)
 

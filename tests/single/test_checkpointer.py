@@ -649,12 +649,14 @@ def test_training_after_the_handle_was_closed(tmp_path: Path, caplog: pytest.Log
     def use(job: Any) -> int | None:
         job.train(3)
         job.sync.close()
+        if job.rank == 0:
+            job.train(3)
+        job.comm.allgather_object(None)  # then the others may be told, by the first rank's writer
         if job.rank == 1:
             job.checkpointer.stop()
             with pytest.raises(SystemExit) as ended:
                 job.train(1)
             return ended.value.code
-        job.train(3)
         return None
 
     assert on_checkpointers(2, tmp_path, use, every_steps=1) == [None, 1]
@@ -671,19 +673,18 @@ def _alone() -> tuple[torch.nn.Module, ShadowSync]:
     return model, run(1, lambda comm: ShadowSync(sgd(model), model=model, communicator=comm), timeout_s=10.0)[0]
 
 
-def in_trouble(folder: Path, patch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Have looks into `folder` fail as those into an NFS folder do now and then; return how many have."""
-    real, looks = Path.exists, 0
+def in_trouble(folder: Path, patch: pytest.MonkeyPatch, threads: int = 1) -> Callable[[], int]:
+    """Have looks into `folder` fail as those into an NFS folder do; return how many of each of `threads` have."""
+    real, looks = Path.exists, Counter[int]()
 
     def exists(path: Path, **options: Any) -> bool:
-        nonlocal looks
         if path.parent != folder:
             return real(path, **options)
-        looks += 1
+        looks[threading.get_ident()] += 1
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     patch.setattr(Path, "exists", exists)
-    return lambda: looks
+    return lambda: min(looks.values(), default=0) if len(looks) >= threads else 0
 
 
 def test_a_folder_that_is_away_for_a_moment_is_looked_at_again(
@@ -696,9 +697,9 @@ def test_a_folder_that_is_away_for_a_moment_is_looked_at_again(
         job.train(2)
         if job.rank == 0:
             with pytest.MonkeyPatch.context() as patch:
-                looks = in_trouble(tmp_path, patch)
+                looks = in_trouble(tmp_path, patch, threads=2)
                 deadline = time.monotonic() + PATIENCE_S
-                while looks() < 20:
+                while looks() < 10:
                     time.sleep(0.002)
                     assert time.monotonic() < deadline
         job.sync.gather(None)
@@ -886,7 +887,7 @@ def test_a_checkpoint_that_waits_for_long_is_reported_once(
         job.written(1)
 
     on_checkpointers(2, tmp_path, use, {"foreground": False, "sync_every": 1}, every_steps=2, keep=9)
-    said = [each for each in caplog.messages if "a checkpoint has waited for the end of a round for 0 s" in each]
+    said = [each for each in caplog.messages if "a checkpoint has waited for the end of a round for" in each]
     assert len(said) == 1
 
 

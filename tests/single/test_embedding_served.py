@@ -134,14 +134,16 @@ def test_backward_of_a_lookup_that_is_too_old_is_an_error_of_its_rank() -> None:
     def program(comm: Communicator) -> str:
         module = make(comm, PROBLEM, placements(PROBLEM, "table-wise", 2), SGD(0.5), mode="served")
         message = ""
+        if comm.rank == 1:
+            PROBLEM.loss(module(inputs(1, 0)), 1, 0).backward()
+            module.wait()
+        comm.allgather_object(None)  # what has failed serves no more
         if comm.rank == 0:
             lookups = [module(inputs(0, step)) for step in range(66)]
             with pytest.raises(EmbeddingError) as caught:
                 lookups[0].sum().backward()
                 module.wait()
             message = str(caught.value)
-        else:
-            PROBLEM.loss(module(inputs(1, 0)), 1, 0).backward()
         comm.allgather_object(None)
         module._worker._failure = None  # close() would say it again
         module.close()

@@ -57,15 +57,18 @@ FIRST_STEPS = 5
 """Whose duration is not counted: they begin the rounds."""
 
 VISITS: Counter[str] = Counter()
+PHASES = [""]
+"""What is added to a place's name to count it; with " of a saved job" also from the first checkpoint of tables on."""
 
 
 def reached(place: str) -> None:
     """Die where a fault of this rank says so."""
-    VISITS[place] += 1
-    for fault in FAULTS:
-        if (fault["rank"], fault["place"], fault.get("at", 1)) == (ranks.RANK, place, VISITS[place]):
-            ranks.say("dies", place)
-            die(fault.get("how", "SIGKILL"))
+    for name in [place + phase for phase in PHASES]:
+        VISITS[name] += 1
+        for fault in FAULTS:
+            if (fault["rank"], fault["place"], fault.get("at", 1)) == (ranks.RANK, name, VISITS[name]):
+                ranks.say("dies", name)
+                die(fault.get("how", "SIGKILL"))
 
 
 def die(how: str) -> NoReturn:
@@ -240,8 +243,8 @@ def with_tables() -> None:
     checkpointer = Checkpointer(folder, job.model, job.sync, every_steps=10) if folder else None
     if checkpointer is not None:
         job.until(lambda: checkpointer.metrics()["checkpoints"] > 0, "a checkpoint")
+        PHASES.append(" of a saved job")
     for _ in range(LEAST_STEPS):
-        reached("after a checkpoint")
         job.step()
     job.until(lambda: job.bags.metrics()["ranks_lost"] >= len(FAULTS), "the losses")
     for _ in range(STEPS_AFTER):

@@ -1,6 +1,7 @@
 """A training that goes on from its last checkpoint, and ends badly in a named way: `restarts.py HOW FOLDER STEPS`.
 
-Each rank says at which step it begins; the one that ends badly says at which step it does.
+Each rank says at which step it begins; the one that ends badly says of which step the newest checkpoint is, and at
+which it ends.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def train(how: str, folder: str) -> None:
             said.append(True)
             ranks.say("trains", str(RESTARTS))
         if sync.rank == 0 and how != "told" and is_due(how, checkpointer, begun > 0):
-            ranks.say("ends", how, str(sync.steps))
+            ranks.say("ends", how, f"{checkpointer.metrics()['checkpoint_step']:.0f} {sync.steps}")
             if how == "exception":
                 raise RuntimeError("the data of this rank are broken")
             os.kill(os.getpid(), signal.SIGKILL)

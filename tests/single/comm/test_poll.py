@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
+import time
 
 import hypothesis
 import pytest
@@ -25,19 +28,24 @@ class Countdown:
 
 
 class Clock:
-    """Stands in for `time` and `os`: counts pauses and yields, moves on by what was slept."""
+    """Stands in for `time` and `os` in one thread: counts pauses and yields, moves on by what was slept."""
 
     def __init__(self) -> None:
         self.now, self.slept, self.yields = 0.0, [], 0
+        self._home = threading.get_ident()
 
     def perf_counter(self) -> float:
-        return self.now
+        return self.now if threading.get_ident() == self._home else time.perf_counter()
 
     def sleep(self, seconds: float) -> None:
+        if threading.get_ident() != self._home:
+            return time.sleep(seconds)
         self.slept.append(seconds)
         self.now += seconds
 
     def sched_yield(self) -> None:
+        if threading.get_ident() != self._home:
+            return os.sched_yield()
         self.yields += 1
         self.now += 1e-5
 

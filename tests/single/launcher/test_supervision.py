@@ -84,19 +84,19 @@ def test_a_launcher_ends_with_shadowrun(through: str, executable: Executable, tm
 
 
 @pytest.mark.parametrize(
-    ("parts", "pieces"),
+    ("parts", "at_the_end"),
     [
-        ([b"a\nb", b"c\n"], [b"a\nb", b"c\n"]),
-        ([b" 50%\r 51%", b"\r 52%"], [b" 50%\r 51%", b"\r 52%"]),
-        ([b"x hvd_sha", b"dowsync: rank 1 end", b"ed\ny"], [b"x ", b"hvd_shadowsync: rank 1 ended\ny"]),
-        ([b"hvd_shadowsync: hm"], [b"hvd_shadowsync: hm"]),
-        ([b"prterun", b" has exited\n"], [b"prterun has exited\n"]),
-        ([b"prterun", b"s"], [b"prteruns"]),
-        ([b"the end of a graph"], [b"the end of a grap", b"h"]),
+        ([(b"a\nb", b"a\nb"), (b"c\n", b"c\n")], b""),
+        ([(b" 50%\r 51%", b" 50%\r 51%"), (b"\r 52%", b"\r 52%")], b""),
+        ([(b"x hvd_sha", b"x "), (b"dowsync: rank 1 end", b""), (b"ed\ny", b"hvd_shadowsync: rank 1 ended\ny")], b""),
+        ([(b"hvd_shadowsync: hm", b"hvd_shadowsync: hm")], b""),
+        ([(b"prterun", b""), (b" has exited\n", b"prterun has exited\n")], b""),
+        ([(b"prterun", b""), (b"s", b"prteruns")], b""),
+        ([(b"the end of a graph", b"the end of a grap")], b"h"),
     ],
 )
 def test_what_is_written_is_passed_on_at_once_but_for_what_may_be_a_rank_s_end(
-    parts: list[bytes], pieces: list[bytes]
+    parts: list[tuple[bytes, bytes]], at_the_end: bytes
 ) -> None:
     reading, writing = os.pipe()
     found: list[bytes] = []
@@ -109,14 +109,14 @@ def test_what_is_written_is_passed_on_at_once_but_for_what_may_be_a_rank_s_end(
 
     reader = threading.Thread(target=read)
     reader.start()
-    for part in parts:
+    for part, at_once in parts:
         os.write(writing, part)
-        got.wait(0.1)
+        assert got.wait(20 if at_once else 0.1) == bool(at_once)
         got.clear()
     os.close(writing)
     reader.join(20)
     os.close(reading)
-    assert found == pieces
+    assert found == [*(at_once for _, at_once in parts if at_once), *([at_the_end] if at_the_end else [])]
 
 
 def test_a_launcher_that_waits_for_a_spare_process_is_ended_when_all_ranks_have(
@@ -232,7 +232,7 @@ def test_ends_are_heard_at_once_and_nothing_is_dropped_where_stderr(
     waits: bool, executable: Executable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of shadowrun is a pipe that somebody reads late, or that whoever has made it has set to return at once."""
-    monkeypatch.setattr(supervision, "GRACE_S", 0.3)
+    monkeypatch.setattr(supervision, "GRACE_S", 2.0)
     line = "x" * 199
     writes = f"{sys.executable} -c 'import sys; sys.stderr.write((\"{line}\\n\") * 2000)'"
     launcher = executable("bin/launcher", f"{writes}; {LEAVES} exit 0")
@@ -243,7 +243,7 @@ def test_ends_are_heard_at_once_and_nothing_is_dropped_where_stderr(
 
     def read() -> None:
         until(lambda: endings.ended == {0})
-        time.sleep(1.0)
+        time.sleep(3.0)
         while data := os.read(reading, 1 << 16):
             found.append(data)
 
