@@ -108,7 +108,7 @@ def launch_from(options: argparse.Namespace, machine: Machine) -> Launch:
 
 
 def _network(options: argparse.Namespace) -> emulated.Network | None:
-    asked = [name for name in emulated.OPTIONS if getattr(options, name) != emulated.OPTIONS[name]]
+    asked = [name for name in emulated.OPTIONS if getattr(options, name) is not None]
     if options.emulated is None:
         if asked:
             raise LaunchError(f"--{asked[0].replace('_', '-')} belongs to --emulated; say on how many hosts")

@@ -137,6 +137,7 @@ class _InUse:
 
     Horovod finalises the MPI that it has initialised, from its own thread and as soon as any rank has asked for it:
     this rank may still be making the last calls of its `close()`. What hangs on MPI_COMM_SELF is let go first of all.
+    A rank that is alone in a communicator has nobody to make last calls with: those do not count.
     """
 
     def __init__(self) -> None:
@@ -144,16 +145,20 @@ class _InUse:
         self._changed = threading.Condition()
         self._awaited = False
 
-    def add(self, mpi: Any) -> None:
-        """Count one more."""
+    def add(self, mpi: Any, size: int) -> None:
+        """Count one more, of `size` ranks."""
+        if size == 1:
+            return
         with self._changed:
             self._count += 1
             if not self._awaited:
                 self._awaited = True
                 mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=self._await_none), None)
 
-    def remove(self) -> None:
+    def remove(self, size: int) -> None:
         """Count one less."""
+        if size == 1:
+            return
         with self._changed:
             self._count -= 1
             self._changed.notify_all()
@@ -270,7 +275,7 @@ class MpiCommunicator(Communicator):
     ) -> None:
         self._mpi = load_mpi()
         self._comm = comm
-        _IN_USE.add(self._mpi)
+        _IN_USE.add(self._mpi, comm.size)
         self._status = self._mpi.Status()
         self.rank, self.size = comm.rank, comm.size
         self.members = tuple(range(comm.size) if members is None else members)
@@ -375,7 +380,7 @@ class MpiCommunicator(Communicator):
         """See `Communicator.survivors`."""
         with _noticing():
             left = agreement.shrink(self._mpi, self._comm, _wait)
-        _IN_USE.remove()
+        _IN_USE.remove(self.size)
         return MpiCommunicator(left, self._members_of(left), outlives_ranks=True, has_reserve=self._has_reserve)
 
     def share(self, num_bytes: int) -> SharedMemory | None:
@@ -477,7 +482,7 @@ class MpiCommunicator(Communicator):
         """See `Communicator.free`; where ranks may be lost MPI keeps what it has, as others may not come to free it."""
         if not self.outlives_ranks:
             self._comm.Free()
-        _IN_USE.remove()
+        _IN_USE.remove(self.size)
 
 
 def _bytes(tensor: Tensor) -> Any:

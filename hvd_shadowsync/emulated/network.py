@@ -158,27 +158,23 @@ def network_from(hosts: int, options: argparse.Namespace) -> Network:
     Raises:
         LaunchError: see `Network`.
     """
-    return Network(hosts, **{name: getattr(options, name) for name in OPTIONS})
+    given = {name: getattr(options, name) for name in OPTIONS}
+    return Network(hosts, **{name: value for name, value in given.items() if value is not None})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that describe the links."""
+    """Add the options that describe the links; None where they are not given."""
     add = parser.add_argument
-    add("--rate", default=OPTIONS["rate"], help="of each emulated host's link, each way; default 1gbit")
-    add(
-        "--latency",
-        default=OPTIONS["latency"],
-        help="of each emulated host's link, one way, such as 0.2ms; default none",
-    )
-    add("--loss", default=OPTIONS["loss"], help="of packets on each emulated host's link, such as 0.1%%; default none")
-    add("--racks", type=int, default=OPTIONS["racks"], help="switches with emulated hosts of their own; default 1")
+    add("--rate", help="of each emulated host's link, each way; default 1gbit")
+    add("--latency", help="of each emulated host's link, one way, such as 0.2ms; default none")
+    add("--loss", help="of packets on each emulated host's link, such as 0.1%%; default none")
+    add("--racks", type=int, help="switches with emulated hosts of their own; default 1")
     add(
         "--cut",
-        default=OPTIONS["cut"],
         metavar="LINK@START[+SECONDS]",
         help="have a link carry nothing from so many seconds after the start on, for a time or for good: host2@20+10",
     )
-    add("--rack-rate", default=OPTIONS["rack_rate"], help="of the links between racks; default as fast as it goes")
+    add("--rack-rate", help="of the links between racks; default as fast as it goes")
 
 
 def commands(network: Network, pids: Sequence[int], *, netem: bool = True) -> list[list[str]]:

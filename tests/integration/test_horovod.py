@@ -38,7 +38,7 @@ def test_horovod_finalises_mpi_after_the_last_call_of_ours(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_tables_that_nobody_closes_are_closed_before_mpi_is_finalised(ranks: int, tmp_path: Path) -> None:
+def test_what_nobody_closes_is_closed_before_mpi_is_finalised(ranks: int, tmp_path: Path) -> None:
     outcome = run_case(horovodrun(ranks), tmp_path, "forgotten").require_success()
     assert len(outcome.events("through")) == ranks
     assert "MPI is finalised" not in outcome.text

@@ -216,7 +216,8 @@ def test_hosts_as_launchers_take_them() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rate", "1gbit", "--loss", "1%"], "--loss belongs to --emulated; say on how many hosts"),
+        (["--loss", "1%"], "--loss belongs to --emulated; say on how many hosts"),
+        (["--rate", "1gbit"], "--rate belongs to --emulated; say on how many hosts"),
         (["--emulated", "2", "--hosts", "h0"], "--emulated goes with none of --hosts, --hostfile, --horovod"),
         (["--emulated", "2", "--horovod"], "--emulated goes with none of"),
         (["--emulated", "2", "--rate", "1"], "--rate '1' is no rate"),

@@ -180,7 +180,7 @@ def hasty(_: str) -> None:
 
 
 def forgotten(_: str) -> None:
-    """Tables that nobody closes; Horovod finalises MPI at exit."""
+    """Tables and a handle that nobody closes; Horovod finalises MPI at exit."""
     import hvd_shadowsync.torch as hvd
     from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
 
@@ -188,6 +188,8 @@ def forgotten(_: str) -> None:
     for _ in range(2):
         tables = ShardedEmbeddingBag([EmbeddingTable("a", 10, 4)], optimizer=SGD(0.1))
         tables({"a": torch.arange(10)}).sum().backward()
+    handle = hvd.DistributedOptimizer(torch.optim.SGD(make_model(hvd.rank()).parameters(), lr=0.1))
+    handle.step()
     ranks.say("through", "forgotten")
 
 
