@@ -69,6 +69,11 @@ class Exchange:
         Raises:
             EmbeddingError: see `Meetings.meet`.
         """
+        if self._host is not None and (failure := self._host.failure):
+            try:
+                self.meetings.fail(failure)
+            except EmbeddingError:
+                raise EmbeddingError(failure) from None
         weighted = "".join("w" if each.weights is not None else "-" for each in batch.features)
         carrier: Carrier = (
             self._host if self._host is not None and self._shares and not batch.learned else self._messages

@@ -98,14 +98,19 @@ class _Reached:
 
     def test(self) -> bool:
         found = [each.item() for each in self.counters]
-        if FAILED in found:
-            raise EmbeddingError(
-                f"rank {found.index(FAILED)} failed while it looked rows up, so that no rank can go on; see its error"
-            )
+        if failure := _failure_in(found):
+            raise EmbeddingError(failure)
         if min(found) >= self.number:
             return True
         self.comm.check()
         return False
+
+
+def _failure_in(found: Sequence[float]) -> str:
+    """Return what is to be said where a rank has failed, given all counters."""
+    if FAILED not in found:
+        return ""
+    return f"rank {found.index(FAILED)} failed while it looked rows up, so that no rank can go on; see its error"
 
 
 class OneHost(Carrier):
@@ -140,6 +145,14 @@ class OneHost(Carrier):
         """Return one, or None on every rank where they share no memory (collective)."""
         counters = comm.share(LINE) if comm.size > 1 else None
         return None if counters is None else cls(comm, router, poller, traffic, meetings, counters)
+
+    @property
+    def failure(self) -> str:
+        """What is to be said of a rank that has failed, or nothing.
+
+        Others may still read what this rank has left for the lookup that failed: it must leave nothing more.
+        """
+        return _failure_in([each.item() for each in self._counters])
 
     def grow(self, num_bytes: int) -> bool:
         """Have one more slot, of at least so many bytes a rank; tell whether there is one now (collective).

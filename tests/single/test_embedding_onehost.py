@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from embeddings import Problem, make, placements, plain_modules
-from ranks_as_threads import on_ranks
+from ranks_as_threads import TIMEOUT_S, on_ranks
 from torch import Tensor
 
 from hvd_shadowsync.comm.base import Communicator
 from hvd_shadowsync.comm.local import LocalCommunicator
 from hvd_shadowsync.embedding import SGD, EmbeddingTable, ShardedEmbeddingBag
 from hvd_shadowsync.embedding.carrier import Offer
+from hvd_shadowsync.embedding.meeting import Meetings
 from hvd_shadowsync.embedding.onehost import KEPT, MOST, OneHost
 from hvd_shadowsync.embedding.routing import Router
 from hvd_shadowsync.errors import EmbeddingError
@@ -149,6 +150,44 @@ def test_a_rank_that_fails_while_it_looks_up_is_an_error_on_all(monkeypatch: pyt
     said = "rank 1 failed while it looked rows up, so that no rank can go on; see its error"
     assert theirs == [said] * 3
     assert own == ["no room", said, said]
+
+
+def test_a_rank_that_fails_and_goes_on_leaves_the_others_what_they_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids that change beside their lengths would be read beyond their end."""
+    problem = Problem(sizes=(4,))
+    pool, meet = Router.pool, Meetings.meet
+    fails, reads, goes_on, unchanged = [True], threading.Event(), threading.Event(), []
+
+    def failing(router: Router, poolings: Any) -> None:
+        if router.rank == 1 and fails:
+            assert reads.wait(TIMEOUT_S)
+            fails.pop()
+            raise MemoryError("no room")
+        before = [each.bags.ids.clone() for each in poolings]
+        reads.set()
+        assert goes_on.wait(TIMEOUT_S)
+        unchanged.append(all(torch.equal(each.bags.ids, ids) for each, ids in zip(poolings, before, strict=True)))
+        if unchanged[-1]:
+            pool(router, poolings)
+
+    def meeting(meetings: Meetings, *arguments: Any, **more: Any) -> Any:
+        if meetings._comm.rank == 1 and not fails:
+            goes_on.set()
+        return meet(meetings, *arguments, **more)
+
+    def use(module: ShardedEmbeddingBag) -> int:
+        failed = 0
+        for step in range(2):
+            try:
+                module(ids_of(problem, module.rank, step))
+            except (MemoryError, EmbeddingError):  # without a name: that would hold the lookup, and its slot
+                failed += 1
+        return failed
+
+    monkeypatch.setattr(Router, "pool", failing)
+    monkeypatch.setattr(Meetings, "meet", meeting)
+    assert on_two(use, problem) == [2, 2]
+    assert unchanged == [True]
 
 
 def test_a_training_loop_needs_few_slots() -> None:
